@@ -1,0 +1,139 @@
+// The C ABI's entry points: argument checks, scratch memory, the last error, and the choice of instruction set.
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "cpu/kernels.h"
+
+namespace fuselora {
+namespace {
+
+thread_local char last_error[512] = "";
+
+__attribute__((format(printf, 2, 3))) int32_t fail(int32_t status, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(last_error, sizeof(last_error), format, arguments);
+  va_end(arguments);
+  return status;
+}
+
+struct Kernels {
+  const char* isa;
+  decltype(&scalar::rms_norm) rms_norm;
+  decltype(&scalar::rms_norm_bwd) rms_norm_bwd;
+  decltype(&scalar::dropout) dropout;
+  decltype(&scalar::philox) philox;
+};
+
+#define FUSELORA_KERNELS(isa) {#isa, isa::rms_norm, isa::rms_norm_bwd, isa::dropout, isa::philox}
+
+const Kernels kScalar = FUSELORA_KERNELS(scalar);
+#if defined(__x86_64__)
+const Kernels kAvx2 = FUSELORA_KERNELS(avx2);
+const Kernels kAvx512 = FUSELORA_KERNELS(avx512);
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// The best instruction set of this machine, or the one that FUSELORA_CPU_ISA names; nullptr if it isn't there.
+const Kernels* choose() {
+  const char* forced = std::getenv("FUSELORA_CPU_ISA");
+  const bool any = forced == nullptr || *forced == '\0';
+#if defined(__x86_64__)
+  if ((any || std::strcmp(forced, "avx512") == 0) && has_avx512()) return &kAvx512;
+  if ((any || std::strcmp(forced, "avx2") == 0) && has_avx2()) return &kAvx2;
+#endif
+  return any || std::strcmp(forced, "scalar") == 0 ? &kScalar : nullptr;
+}
+
+const Kernels* kernels() {
+  static const Kernels* chosen = choose();
+  if (chosen == nullptr)
+    fail(FUSELORA_BAD_ISA, "FUSELORA_CPU_ISA: expected scalar, or avx2 or avx512 where the CPU has it, got '%s'; unset it",
+         std::getenv("FUSELORA_CPU_ISA"));
+  return chosen;
+}
+
+bool is_dtype(int32_t dtype) { return dtype == FUSELORA_F32 || dtype == FUSELORA_BF16 || dtype == FUSELORA_F16; }
+
+bool is_mode(int32_t mode) { return mode == FUSELORA_LLAMA || mode == FUSELORA_GEMMA || mode == FUSELORA_NONE; }
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Scratch = std::unique_ptr<float, Free>;
+
+Scratch scratch(int64_t count) { return Scratch(static_cast<float*>(std::malloc(size_t(count) * sizeof(float)))); }
+
+}  // namespace
+}  // namespace fuselora
+
+using namespace fuselora;
+
+int32_t fuselora_abi_version(void) { return FUSELORA_ABI_VERSION; }
+
+const char* fuselora_last_error(void) { return last_error; }
+
+const char* fuselora_cpu_isa(void) { return kernels() ? kernels()->isa : nullptr; }
+
+int32_t fuselora_rms_norm(void* y, void* h, float* rstd, const void* x, const void* residual, const void* weight,
+                          int64_t rows, int64_t cols, int32_t dtype, int32_t weight_dtype, double eps, int32_t mode,
+                          int32_t threads) {
+  if (rows < 0 || cols < 0 || !is_dtype(dtype) || !is_dtype(weight_dtype) || !is_mode(mode))
+    return fail(FUSELORA_BAD_ARGUMENT, "rms_norm: bad argument: rows %lld, cols %lld, dtypes %d %d, mode %d",
+                static_cast<long long>(rows), static_cast<long long>(cols), dtype, weight_dtype, mode);
+  if (!kernels()) return FUSELORA_BAD_ISA;
+  if (rows == 0 || cols == 0) return FUSELORA_OK;
+  const Scratch scale = scratch(cols);
+  if (!scale) return fail(FUSELORA_OUT_OF_MEMORY, "rms_norm: no memory for %lld floats", static_cast<long long>(cols));
+  kernels()->rms_norm({y, h, rstd, x, residual, weight, scale.get(), rows, cols, dtype, weight_dtype,
+                       static_cast<float>(eps), mode, threads});
+  return FUSELORA_OK;
+}
+
+int32_t fuselora_rms_norm_bwd(void* dx, void* dw, const void* dy, const void* dh, const void* h, const void* weight,
+                              const float* rstd, int64_t rows, int64_t cols, int32_t dy_dtype, int32_t dtype,
+                              int32_t weight_dtype, int32_t mode, int32_t threads) {
+  const bool dy_fits = dy_dtype == dtype || dy_dtype == FUSELORA_F32;
+  if (rows < 0 || cols < 0 || !is_dtype(dtype) || !dy_fits || !is_dtype(weight_dtype) || !is_mode(mode) ||
+      (dw && !weight))
+    return fail(FUSELORA_BAD_ARGUMENT,
+                "rms_norm_bwd: bad argument: rows %lld, cols %lld, dtypes %d %d %d, mode %d, dw %s weight",
+                static_cast<long long>(rows), static_cast<long long>(cols), dy_dtype, dtype, weight_dtype, mode,
+                weight ? "with" : "without");
+  if (!kernels()) return FUSELORA_BAD_ISA;
+  if (cols == 0) return FUSELORA_OK;
+  const int64_t partials_size = dw ? dw_blocks(rows) * cols : 0;
+  const Scratch memory = scratch(cols + partials_size);
+  if (!memory)
+    return fail(FUSELORA_OUT_OF_MEMORY, "rms_norm_bwd: no memory for %lld floats",
+                static_cast<long long>(cols + partials_size));
+  kernels()->rms_norm_bwd({dx, dw, dy, dh, h, weight, rstd, memory.get(), memory.get() + cols, rows, cols, dy_dtype,
+                           dtype, weight_dtype, mode, threads});
+  return FUSELORA_OK;
+}
+
+int32_t fuselora_dropout(void* y, const void* x, int64_t n, int32_t dtype, uint64_t seed, uint32_t threshold,
+                         float scale, int32_t threads) {
+  if (n < 0 || !is_dtype(dtype))
+    return fail(FUSELORA_BAD_ARGUMENT, "dropout: bad argument: n %lld, dtype %d", static_cast<long long>(n), dtype);
+  if (!kernels()) return FUSELORA_BAD_ISA;
+  kernels()->dropout({y, x, n, dtype, seed, threshold, scale, threads});
+  return FUSELORA_OK;
+}
+
+void fuselora_philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]) {
+  // A known-answer test must reach the kernel that dropout would use; without one the answer is visibly wrong.
+  if (kernels()) return kernels()->philox(out, counter, key);
+  std::memset(out, 0, 4 * sizeof(uint32_t));
+}

@@ -1,0 +1,81 @@
+// The kernels behind the C ABI: argument blocks, and one declaration per instruction set. The sources in this folder are
+// compiled once per set with FUSELORA_ISA naming the namespace, so they must not use inline functions or templates of the
+// standard library: the linker could keep the AVX-512 copy of one and run it on a machine without.
+#pragma once
+
+#include <cstdint>
+
+#include "fuselora.h"
+
+namespace fuselora {
+
+// Work below this many elements runs on one thread: starting a team costs about 5 us.
+constexpr int64_t kParallelElements = 1 << 15;
+
+static inline int team(int64_t elements, int32_t threads) { return elements < kParallelElements || threads < 1 ? 1 : threads; }
+
+struct RmsNorm {
+  void* y;
+  void* h;
+  float* rstd;
+  const void* x;
+  const void* residual;
+  const void* weight;
+  float* scale;  // scratch [cols]: weight in fp32, 1 + weight, or ones
+  int64_t rows, cols;
+  int32_t dtype, weight_dtype;
+  float eps;
+  int32_t mode, threads;
+};
+
+// Row blocks of the weight gradient: a function of the shape alone, so that dw doesn't depend on the thread count.
+constexpr int64_t kDwBlocks = 128, kDwRows = 8;
+
+static inline int64_t dw_block_rows(int64_t rows) {
+  const int64_t even = (rows + kDwBlocks - 1) / kDwBlocks;
+  return even < kDwRows ? kDwRows : even;
+}
+
+static inline int64_t dw_blocks(int64_t rows) { return (rows + dw_block_rows(rows) - 1) / dw_block_rows(rows); }
+
+struct RmsNormBwd {
+  void* dx;
+  void* dw;
+  const void* dy;
+  const void* dh;
+  const void* h;
+  const void* weight;
+  const float* rstd;
+  float* scale;     // scratch [cols]
+  float* partials;  // scratch [dw_blocks(rows), cols] when dw is wanted
+  int64_t rows, cols;
+  int32_t dy_dtype, dtype, weight_dtype, mode, threads;
+};
+
+struct Dropout {
+  void* y;
+  const void* x;
+  int64_t n;
+  int32_t dtype;
+  uint64_t seed;
+  uint32_t threshold;
+  float scale;
+  int32_t threads;
+};
+
+#define FUSELORA_DECLARE(isa)              \
+  namespace isa {                          \
+  void rms_norm(const RmsNorm& a);         \
+  void rms_norm_bwd(const RmsNormBwd& a);  \
+  void dropout(const Dropout& a);          \
+  void philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]); \
+  }
+
+FUSELORA_DECLARE(scalar)
+#if defined(__x86_64__)
+FUSELORA_DECLARE(avx2)
+FUSELORA_DECLARE(avx512)
+#endif
+#undef FUSELORA_DECLARE
+
+}  // namespace fuselora

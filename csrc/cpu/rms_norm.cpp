@@ -1,0 +1,142 @@
+// RMSNorm forward and backward. Formulas and rounding: kernels/rms_norm.py. Two passes over a row, the second from cache;
+// threads share rows, so no thread count changes a bit.
+#include "cpu/kernels.h"
+#include "cpu/vec.h"
+
+namespace fuselora {
+namespace FUSELORA_ISA {
+namespace {
+
+// scale[j] = weight[j] in fp32, plus one in mode gemma, or one without a weight.
+template <class W>
+void fill_scale(float* scale, const W* weight, int64_t cols, int32_t mode) {
+  const Vec offset = splat(mode == FUSELORA_GEMMA ? 1.f : 0.f), one = splat(1);
+  each(cols, [&](int64_t j, auto lanes) { store(scale + j, weight ? load(weight + j, lanes) + offset : one, lanes); });
+}
+
+void fill_scale(float* scale, const void* weight, int32_t dtype, int64_t cols, int32_t mode) {
+  if (dtype == FUSELORA_BF16) return fill_scale(scale, static_cast<const bf16*>(weight), cols, mode);
+  if (dtype == FUSELORA_F16) return fill_scale(scale, static_cast<const fp16*>(weight), cols, mode);
+  fill_scale(scale, static_cast<const float*>(weight), cols, mode);
+}
+
+template <class T, class Y>
+void forward_row(const RmsNorm& a, int64_t row) {
+  const T* x = static_cast<const T*>(a.x) + row * a.cols;
+  const T* h = x;
+  float squares;
+  if (a.residual) {
+    const T* residual = static_cast<const T*>(a.residual) + row * a.cols;
+    T* sum_out = static_cast<T*>(a.h) + row * a.cols;
+    squares = reduce(a.cols, [&](Vec acc, int64_t j, auto lanes) {
+      const Vec value = rounded<T>(load(x + j, lanes) + load(residual + j, lanes));
+      store(sum_out + j, value, lanes);
+      return fma(value, value, acc);
+    });
+    h = sum_out;
+  } else {
+    squares = reduce(a.cols, [&](Vec acc, int64_t j, auto lanes) {
+      const Vec value = load(x + j, lanes);
+      return fma(value, value, acc);
+    });
+  }
+  const float rstd = 1.f / sqrtf(squares / float(a.cols) + a.eps);
+  a.rstd[row] = rstd;
+  Y* y = static_cast<Y*>(a.y) + row * a.cols;
+  const Vec factor = splat(rstd);
+  if (a.mode == FUSELORA_LLAMA) {
+    each(a.cols, [&](int64_t j, auto lanes) {
+      store(y + j, rounded<T>(load(h + j, lanes) * factor) * load(a.scale + j, lanes), lanes);
+    });
+  } else {
+    each(a.cols, [&](int64_t j, auto lanes) {
+      store(y + j, load(h + j, lanes) * factor * load(a.scale + j, lanes), lanes);
+    });
+  }
+}
+
+template <class T, class Y>
+void forward(const RmsNorm& a) {
+  fill_scale(a.scale, a.weight, a.weight_dtype, a.cols, a.mode);
+  const int threads = team(a.rows * a.cols, a.threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t row = 0; row < a.rows; ++row) forward_row<T, Y>(a, row);
+}
+
+// dx of one row; with partial, also partial[j] += dy_j * xhat_j.
+template <class T, class Y>
+void backward_row(const RmsNormBwd& a, int64_t row, float* partial) {
+  const Y* dy = static_cast<const Y*>(a.dy) + row * a.cols;
+  const T* h = static_cast<const T*>(a.h) + row * a.cols;
+  const T* dh = a.dh ? static_cast<const T*>(a.dh) + row * a.cols : nullptr;
+  T* dx = static_cast<T*>(a.dx) + row * a.cols;
+  const Vec rstd = splat(a.rstd[row]);
+  const float dot = reduce(a.cols, [&](Vec acc, int64_t j, auto lanes) {
+    return fma(load(dy + j, lanes) * load(a.scale + j, lanes), load(h + j, lanes) * rstd, acc);
+  });
+  const Vec minus_mean = splat(-dot / float(a.cols)), zero = splat(0);
+  const bool round_xhat = a.mode == FUSELORA_LLAMA;
+  each(a.cols, [&](int64_t j, auto lanes) {
+    const Vec upstream = load(dy + j, lanes), xhat = load(h + j, lanes) * rstd;
+    const Vec inner = fma(xhat, minus_mean, upstream * load(a.scale + j, lanes));
+    store(dx + j, fma(inner, rstd, dh ? load(dh + j, lanes) : zero), lanes);
+    if (partial) {
+      const Vec normed = round_xhat ? rounded<T>(xhat) : xhat;
+      store(partial + j, fma(upstream, normed, load(partial + j, lanes)), lanes);
+    }
+  });
+}
+
+// dw = sum of the partials, in block order for every column.
+template <class W>
+void reduce_partials(const RmsNormBwd& a) {
+  const int64_t blocks = dw_blocks(a.rows), width = 1024;
+  const int threads = team(blocks * a.cols, a.threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t start = 0; start < a.cols; start += width) {
+    const int64_t cols = a.cols - start < width ? a.cols - start : width;
+    each(cols, [&](int64_t j, auto lanes) {
+      Vec total = splat(0);
+      for (int64_t block = 0; block < blocks; ++block)
+        total = total + load(a.partials + block * a.cols + start + j, lanes);
+      store(static_cast<W*>(a.dw) + start + j, total, lanes);
+    });
+  }
+}
+
+template <class T, class Y>
+void backward(const RmsNormBwd& a) {
+  fill_scale(a.scale, a.weight, a.weight_dtype, a.cols, a.mode);
+  const int64_t block_rows = dw_block_rows(a.rows), blocks = dw_blocks(a.rows);
+  const int threads = team(a.rows * a.cols, a.threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t block = 0; block < blocks; ++block) {
+    float* partial = a.dw ? a.partials + block * a.cols : nullptr;
+    if (partial) std::memset(partial, 0, a.cols * sizeof(float));
+    const int64_t end = (block + 1) * block_rows < a.rows ? (block + 1) * block_rows : a.rows;
+    for (int64_t row = block * block_rows; row < end; ++row) backward_row<T, Y>(a, row, partial);
+  }
+  if (!a.dw) return;
+  if (a.weight_dtype == FUSELORA_BF16) return reduce_partials<bf16>(a);
+  if (a.weight_dtype == FUSELORA_F16) return reduce_partials<fp16>(a);
+  reduce_partials<float>(a);
+}
+
+}  // namespace
+
+void rms_norm(const RmsNorm& a) {
+  const bool wide = a.mode == FUSELORA_LLAMA && a.weight && a.weight_dtype != a.dtype;
+  if (a.dtype == FUSELORA_BF16) return wide ? forward<bf16, float>(a) : forward<bf16, bf16>(a);
+  if (a.dtype == FUSELORA_F16) return wide ? forward<fp16, float>(a) : forward<fp16, fp16>(a);
+  forward<float, float>(a);
+}
+
+void rms_norm_bwd(const RmsNormBwd& a) {
+  const bool wide = a.dy_dtype != a.dtype;
+  if (a.dtype == FUSELORA_BF16) return wide ? backward<bf16, float>(a) : backward<bf16, bf16>(a);
+  if (a.dtype == FUSELORA_F16) return wide ? backward<fp16, float>(a) : backward<fp16, fp16>(a);
+  backward<float, float>(a);
+}
+
+}  // namespace FUSELORA_ISA
+}  // namespace fuselora

@@ -1,0 +1,61 @@
+/* The whole C ABI of fuselora.
+ *
+ * Pointers are to contiguous memory of the caller; sizes are int64 and count elements unless they say bytes. Every
+ * function that computes returns 0, or a fuselora_status whose sentence fuselora_last_error() gives (per thread).
+ * Functions are reentrant. CPU functions end in `threads`, the largest number of OpenMP threads to use; the results
+ * don't depend on it. CUDA functions (fuselora_cuda_*) end in `void* stream` and return before the work is done.
+ */
+#ifndef FUSELORA_H
+#define FUSELORA_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FUSELORA_API __attribute__((visibility("default")))
+
+enum fuselora_status { FUSELORA_OK = 0, FUSELORA_BAD_ARGUMENT = 1, FUSELORA_OUT_OF_MEMORY = 2, FUSELORA_BAD_ISA = 3 };
+enum fuselora_dtype { FUSELORA_F32 = 0, FUSELORA_BF16 = 1, FUSELORA_F16 = 2 };
+enum fuselora_norm_mode { FUSELORA_LLAMA = 0, FUSELORA_GEMMA = 1, FUSELORA_NONE = 2 };
+
+/* Changes when a signature changes; the loader refuses another number. */
+#define FUSELORA_ABI_VERSION 1
+FUSELORA_API int32_t fuselora_abi_version(void);
+
+/* The last failure on this thread, "" if there was none. Valid until the next failure on this thread. */
+FUSELORA_API const char* fuselora_last_error(void);
+
+/* The instruction set in use: "scalar", "avx2" or "avx512"; NULL if FUSELORA_CPU_ISA asks for one that is not there. */
+FUSELORA_API const char* fuselora_cpu_isa(void);
+
+/* RMSNorm forward with optional residual add; formulas and rounding in kernels/rms_norm.py.
+ * x, residual (or NULL), h (written when residual is given): [rows, cols] of dtype; weight (or NULL): [cols] of
+ * weight_dtype; y: [rows, cols], of fp32 if mode is FUSELORA_LLAMA and the two dtypes differ, else of dtype;
+ * rstd: [rows]. */
+FUSELORA_API int32_t fuselora_rms_norm(void* y, void* h, float* rstd, const void* x, const void* residual,
+                                       const void* weight, int64_t rows, int64_t cols, int32_t dtype,
+                                       int32_t weight_dtype, double eps, int32_t mode, int32_t threads);
+
+/* RMSNorm backward. dy: [rows, cols] of dy_dtype, which is dtype or fp32; dh (or NULL), h, dx: [rows, cols] of dtype;
+ * weight (or NULL), dw (or NULL: not wanted): [cols] of weight_dtype; rstd: [rows]. dw needs a weight. */
+FUSELORA_API int32_t fuselora_rms_norm_bwd(void* dx, void* dw, const void* dy, const void* dh, const void* h,
+                                           const void* weight, const float* rstd, int64_t rows, int64_t cols,
+                                           int32_t dy_dtype, int32_t dtype, int32_t weight_dtype, int32_t mode,
+                                           int32_t threads);
+
+/* Counter-based dropout: y[i] = word(i) >= threshold ? x[i] * scale : 0, rounded once; y may be x.
+ * word(i) is lane i % 4 of Philox-4x32-10 with counter (i / 4) in its two low words, zero in its two high words, and
+ * the key (low word of seed, high word of seed). Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3". */
+FUSELORA_API int32_t fuselora_dropout(void* y, const void* x, int64_t n, int32_t dtype, uint64_t seed,
+                                      uint32_t threshold, float scale, int32_t threads);
+
+/* One Philox-4x32-10 block, for known-answer tests: out = philox(counter, key). */
+FUSELORA_API void fuselora_philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

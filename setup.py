@@ -1,0 +1,56 @@
+"""Build hook: compiles csrc/ with CMake into python/fuselora/_lib before the Python files are collected.
+
+Everything else about the package is in pyproject.toml. The library has a plain C ABI and links neither Python nor torch,
+so one wheel per platform serves every Python and torch version. Without a C++ compiler the install still succeeds: the
+ops run on their reference and ``fuselora env`` says so. FUSELORA_SKIP_NATIVE=1 skips the build.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent.absolute()
+SKIP = os.environ.get("FUSELORA_SKIP_NATIVE") == "1"
+
+
+def build_native() -> None:
+    """Configure and build; a failure leaves the package without native ops and prints why."""
+    build = ROOT / "build" / "native"
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
+    if not shutil.which("make"):
+        configure += ["-G", "Ninja"]
+    try:
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"fuselora: native ops not built ({error}); install a C++17 compiler and reinstall to get them")
+
+
+class BuildPy(build_py):
+    def run(self):
+        if not SKIP:
+            build_native()
+        super().run()
+
+
+class BdistWheel(bdist_wheel):
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+class NativeDistribution(Distribution):
+    def has_ext_modules(self):
+        return not SKIP
+
+
+build_tools = [name for name, found in (("cmake>=3.18", "cmake"), ("ninja", "make")) if not shutil.which(found)]
+setup(
+    distclass=NativeDistribution,
+    cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel},
+    setup_requires=[] if SKIP else build_tools,
+)
