@@ -167,3 +167,11 @@ def function(
 ) -> None:
     """Record a public differentiable function for the contract tests and benchmarks."""
     FUNCTIONS[fn.__name__] = Function(fn.__name__, fn, eager, samples, long_reduction)
+
+
+def implementation(op: Op, device: torch.device, dtype: torch.dtype) -> str:
+    """The tag of the implementation that would run for the op's first sample on this device and dtype."""
+    args = next(op.samples(dtype, device)).args
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    fn = op.select(key if any(DISPATCH_KEY[tag] == key for tag in op.impls) else None, args)
+    return next((impl.tag for impl in op.impls.values() if impl.fn is fn), "reference")

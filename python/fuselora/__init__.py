@@ -1,0 +1,39 @@
+"""fuselora: fused LoRA and QLoRA training for stock Hugging Face + PEFT models.
+
+    import fuselora
+    model = fuselora.patch_model(model)
+
+Nothing heavy is imported here: names load on first use, so any import order works and ``import fuselora`` changes no global.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fuselora._version import __version__
+
+if TYPE_CHECKING:
+    from fuselora import functional
+    from fuselora.engine.patch import PatchReport, patch_model, patch_report, unpatch_model
+    from fuselora.engine.verify import verify
+    from fuselora.env import env
+
+_HOMES = {
+    "PatchReport": "fuselora.engine.patch",
+    "patch_model": "fuselora.engine.patch",
+    "patch_report": "fuselora.engine.patch",
+    "unpatch_model": "fuselora.engine.patch",
+    "verify": "fuselora.engine.verify",
+    "env": "fuselora.env",
+}
+
+__all__ = ["PatchReport", "__version__", "env", "functional", "patch_model", "patch_report", "unpatch_model", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "functional":
+        return importlib.import_module("fuselora.functional")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fuselora' has no attribute {name!r}")

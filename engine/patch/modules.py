@@ -1,0 +1,273 @@
+"""Fused forwards for the parts of a decoder layer. Each reads its module's state, computes, or returns stock's forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fuselora.engine.patch.state import (
+    active_adapters,
+    bypass_reason,
+    read_adapter,
+    read_projections,
+    state_reason,
+    tensor_reason,
+)
+from fuselora.engine.patch.swap import Fused, decline, is_fused
+from fuselora.kernels.layer_norm import layer_norm
+from fuselora.kernels.lora_linear import lora_delta, lora_linear
+from fuselora.kernels.lora_mlp import lora_mlp, lora_mlp_packed
+from fuselora.kernels.rms_norm import add_rms_norm, rms_norm
+
+
+class FusedRMSNorm(Fused):
+    """RMSNorm modules with a ``weight`` and an epsilon; the subclasses say how they round."""
+
+    kind = "norm"
+    ops = ("rms_norm", "rms_norm_bwd")
+    mode = "llama"
+
+    def fused_state(self: Any) -> str | None:
+        return tensor_reason(self.weight)
+
+    def epsilon(self: Any) -> float:
+        return self.variance_epsilon
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or (reason := self.fused_state()):
+            decline(self, "extra arguments" if args or kwargs else reason)
+            return super().forward(x, *args, **kwargs)
+        return rms_norm(x, self.weight, self.epsilon(), self.mode)
+
+
+class FusedGemmaRMSNorm(FusedRMSNorm):
+    mode = "gemma"
+
+    def epsilon(self: Any) -> float:
+        return self.eps
+
+
+class FusedOlmoRMSNorm(FusedRMSNorm):
+    mode = "none"
+
+
+class FusedLayerNorm(Fused):
+    """torch.nn.LayerNorm over the last dimension."""
+
+    kind = "norm"
+    ops = ("layer_norm", "layer_norm_bwd")
+
+    def fused_state(self: Any) -> str | None:
+        if len(self.normalized_shape) != 1:
+            return "it normalises over several dimensions"
+        if self.eps is None:
+            return "its epsilon depends on the input's dtype"
+        return tensor_reason(self.weight) or tensor_reason(getattr(self, "bias", None))
+
+    def compute(self: Any, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        reason = self.fused_state()
+        if reason is None and self.weight is not None and self.weight.dtype != x.dtype:
+            reason = f"the input is {x.dtype}, the weight {self.weight.dtype}"
+        if reason is None and torch.is_autocast_enabled(x.device.type):
+            reason = "autocast chooses the dtype of this norm"
+        if reason:
+            decline(self, reason)
+            return super().forward(x)
+        return self.compute(x)
+
+
+class FusedTorchRMSNorm(FusedLayerNorm):
+    """torch.nn.RMSNorm over the last dimension."""
+
+    ops = ("rms_norm", "rms_norm_bwd")
+
+    def compute(self: Any, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, "none")
+
+
+class FusedLoRALinear(Fused):
+    """peft's LoRA on a dense linear: base GEMM and low-rank part in one function, several adapters one after another."""
+
+    kind = "lora_linear"
+    ops = ("lora_shrink", "lora_matmul", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
+
+    def fused_state(self: Any) -> str | None:
+        return _adapters_reason(self)
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        reason = "extra arguments" if args or kwargs else None
+        reason = reason or state_reason(self) or (None if x.is_floating_point() else "the input is not floating point")
+        names = [] if reason else active_adapters(self)
+        if reason is None and not names:
+            return self.base_layer(x)
+        adapters = [read_adapter(self, name) for name in names]
+        reason = reason or next((a for a in adapters if isinstance(a, str)), None)
+        if reason is None and not getattr(self, "cast_input_dtype_enabled", True):
+            reason = "input casting is disabled"
+        if reason:
+            decline(self, reason)
+            return super().forward(x, *args, **kwargs)
+        first = read_projections(x, self) if len(names) == 1 else "several adapters"
+        if not isinstance(first, str):
+            return lora_linear(x, *first[0])
+        y = self.base_layer(x)
+        if not y.is_floating_point() or y.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            decline(self, f"the base layer returns {y.dtype} for {x.dtype}")
+            return super().forward(x)
+        for lora in adapters:
+            y = lora_delta(y, x, lora)
+        return y
+
+
+class FusedOpaqueLoRALinear(FusedLoRALinear):
+    """peft's LoRA on a base layer that computes by itself (bitsandbytes, GPTQ, AWQ, HQQ ...): only the low-rank part is ours."""
+
+    ops = ("lora_shrink", "lora_grad_s_b", "lora_grad_a")
+
+    def fused_state(self: Any) -> str | None:
+        return _adapters_reason(self)
+
+
+def _adapters_reason(module: Any) -> str | None:
+    """Why some active adapter of a LoRA layer is not plain LoRA, or None."""
+    reason = state_reason(module)
+    for name in () if reason else active_adapters(module):
+        lora = read_adapter(module, name)
+        if isinstance(lora, str):
+            return lora
+    return reason
+
+
+class FusedGatedMLP(Fused):
+    """gate, up and down projections with SiLU or GELU between them."""
+
+    kind = "mlp"
+    ops = ("lora_shrink", "lora_matmul", "glu", "glu_bwd", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
+
+    def linears(self: Any) -> tuple[nn.Module, ...]:
+        return self.gate_proj, self.up_proj, self.down_proj
+
+    def activation(self: Any) -> nn.Module:
+        return self.act_fn
+
+    def fused_state(self: Any, x: Tensor | None = None) -> str | None:
+        projections = read_projections(x, *self.linears())
+        if isinstance(projections, str):
+            return projections
+        return None if activation_name(self.activation()) else f"its activation is {type(self.activation()).__name__}"
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        projections = read_projections(x, *self.linears())
+        act = activation_name(self.activation())
+        if isinstance(projections, str) or act is None or args or kwargs:
+            decline(self, projections if isinstance(projections, str) else "extra arguments or an unknown activation")
+            return super().forward(x, *args, **kwargs)
+        return (lora_mlp if len(projections) == 3 else lora_mlp_packed)(x, *projections, act)
+
+
+class FusedPackedMLP(FusedGatedMLP):
+    """Phi-3: one gate_up projection."""
+
+    def linears(self: Any) -> tuple[nn.Module, ...]:
+        return self.gate_up_proj, self.down_proj
+
+    def activation(self: Any) -> nn.Module:
+        return self.activation_fn
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """The GLU activation that a module computes exactly, or None. Types are exact, hooks and variants are declined."""
+    from transformers import activations as hf
+
+    if bypass_reason(module):
+        return None
+    kind = type(module)
+    if kind in (nn.SiLU, hf.SiLUActivation):
+        return "silu"
+    if kind is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    if kind is hf.GELUActivation and module.act is nn.functional.gelu:
+        return "gelu"
+    if kind is hf.GELUTanh and getattr(module.act, "func", None) is nn.functional.gelu:
+        return "gelu_tanh"
+    return None
+
+
+def add_and_norm(branch: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    """(norm(residual + branch), residual + branch)."""
+    if branch.dtype != residual.dtype:  # autocast: the sum is promoted before the norm sees it
+        h = residual + branch
+        return norm(h), h
+    return add_rms_norm(branch, residual, norm.weight, norm.epsilon(), norm.mode)
+
+
+class FusedDecoderLayer(Fused):
+    """Pre-norm layers: the residual add after attention and the norm behind it are one pass.
+
+    ``x + attention(norm(x))`` and ``h + mlp(norm(h))`` with children ``input_layernorm``, ``self_attn``,
+    ``post_attention_layernorm``, ``mlp``.
+    """
+
+    kind = "layer"
+    ops = ("rms_norm", "rms_norm_bwd")
+
+    def fused_state(self: Any) -> str | None:
+        norm = self.post_attention_layernorm
+        if not is_fused(norm) or not isinstance(norm, FusedRMSNorm):
+            return f"its {type(norm).__name__} is stock"
+        return bypass_reason(norm) or norm.fused_state()
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        reason = "positional arguments behind hidden_states" if args else self.fused_state()
+        if reason:
+            decline(self, reason)
+            return super().forward(hidden_states, *args, **kwargs)
+        attention = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        normed, h = add_and_norm(self.scale_branch(attention), hidden_states, self.post_attention_layernorm)
+        return h + self.scale_branch(self.mlp(normed))
+
+    def scale_branch(self: Any, branch: Tensor) -> Tensor:
+        return branch
+
+
+class FusedScaledDecoderLayer(FusedDecoderLayer):
+    """Granite: both branches are multiplied by ``residual_multiplier``."""
+
+    def scale_branch(self: Any, branch: Tensor) -> Tensor:
+        return branch * self.residual_multiplier
+
+
+class FusedDropoutDecoderLayer(FusedDecoderLayer):
+    """Phi-3: residual dropout; fused where it is off."""
+
+    def fused_state(self: Any) -> str | None:
+        for dropout in (self.resid_attn_dropout, self.resid_mlp_dropout):
+            if dropout.training and dropout.p > 0.0:
+                return f"residual dropout is {dropout.p}"
+        return FusedDecoderLayer.fused_state(self)
+
+
+
+class FusedSandwichDecoderLayer(FusedDecoderLayer):
+    """Gemma 2 and 3: a norm behind each branch as well, ``x + post(attention(pre(x)))``; add and next norm are one pass."""
+
+    def fused_state(self: Any) -> str | None:
+        norm = self.pre_feedforward_layernorm
+        if not is_fused(norm) or not isinstance(norm, FusedRMSNorm):
+            return f"its {type(norm).__name__} is stock"
+        return bypass_reason(norm) or norm.fused_state()
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        reason = "positional arguments behind hidden_states" if args else self.fused_state()
+        if reason:
+            decline(self, reason)
+            return super(FusedDecoderLayer, self).forward(hidden_states, *args, **kwargs)
+        attention = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        attention = self.post_attention_layernorm(attention)
+        normed, h = add_and_norm(attention, hidden_states, self.pre_feedforward_layernorm)
+        return h + self.post_feedforward_layernorm(self.mlp(normed))

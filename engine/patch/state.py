@@ -1,0 +1,135 @@
+"""What a linear layer computes *right now*: read at every call, because PEFT's state may change between any two.
+
+``read_projection`` answers with the tensors of a plain linear or of one active plain LoRA adapter on it, or with the reason
+why the layer's own forward must run. Nothing is cached: adapters are hot-swapped, scaled, switched, merged and moved.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners import lora as peft_lora
+from torch import Tensor, nn
+
+from fuselora.engine.patch.swap import stock_class
+from fuselora.kernels.lora import LoRA, Projection
+
+PLAIN_TENSORS = (nn.Parameter, Tensor)
+
+
+def bypass_reason(module: nn.Module) -> str | None:
+    """Why calling a module's tensors without calling the module would lose something, or None."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return f"{type(module).__name__} has hooks that the fused path would bypass"
+    if "forward" in module.__dict__:
+        return f"{type(module).__name__} has a forward of its own on the instance (an accelerate hook or another patcher)"
+    return None
+
+
+def tensor_reason(tensor: Tensor | None) -> str | None:
+    """Why a weight can't be read directly: sharded (DTensor), quantised, or another tensor subclass."""
+    if tensor is None or type(tensor) in PLAIN_TENSORS:
+        return None
+    return f"its weight is a {type(tensor).__name__}"
+
+
+def dtype_reason(x: Tensor, weight: Tensor) -> str | None:
+    """Without autocast a linear needs matching dtypes; stock raises the error where they differ."""
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return None
+    return f"the input is {x.dtype}, the weight {weight.dtype}"
+
+
+def read_plain(module: nn.Module) -> Projection | str:
+    """A bare ``nn.Linear``."""
+    reason = bypass_reason(module) or tensor_reason(module.weight) or tensor_reason(module.bias)
+    return reason or Projection(module.weight, module.bias)
+
+
+def active_adapters(module: Any) -> list[str]:
+    """The adapters that a LoRA layer would add to its base right now, in order."""
+    if module.disable_adapters or module.merged:
+        return []
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def state_reason(module: Any) -> str | None:
+    """PEFT states that only the layer's own forward handles."""
+    if module.disable_adapters and module.merged:
+        return "adapters are disabled while merged: PEFT unmerges in forward"
+    return None
+
+
+def read_adapter(module: Any, name: str) -> LoRA | str:
+    """One adapter of a LoRA layer, or the reason why it is not plain LoRA."""
+    if name in module.lora_variant:
+        return f"adapter {name!r} uses the variant {type(module.lora_variant[name]).__name__}"
+    a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+    for part in (a, b):
+        if type(part) is not nn.Linear:
+            return f"adapter {name!r} is made of {type(part).__name__}"
+        reason = bypass_reason(part) or tensor_reason(part.weight)
+        if reason:
+            return f"adapter {name!r}: {reason}"
+    if a.bias is not None or a.weight.dtype != b.weight.dtype:
+        return f"adapter {name!r} has a bias on A, or A and B of different dtypes"
+    if type(dropout) is nn.Identity:
+        p = 0.0
+    elif type(dropout) is nn.Dropout:
+        p = dropout.p if dropout.training else 0.0
+    else:
+        return f"adapter {name!r} uses {type(dropout).__name__} as dropout"
+    if p >= 1.0 or bypass_reason(dropout):
+        return f"adapter {name!r} drops everything" if p >= 1.0 else f"adapter {name!r}: {bypass_reason(dropout)}"
+    scaling = module.scaling[name]
+    if isinstance(scaling, Tensor):  # PEFT's compiled hot swap; folded into B so that a changed value is seen
+        bias = None if b.bias is None else b.bias * scaling
+        return LoRA(a.weight, b.weight * scaling, 1.0, p, bias)
+    return LoRA(a.weight, b.weight, float(scaling), p, b.bias)
+
+
+def read_projection(module: nn.Module) -> Projection | str:
+    """The tensors of a linear layer in its current state, or the reason why its own forward must run."""
+    stock = stock_class(module)
+    if stock is nn.Linear:
+        return read_plain(module)
+    if stock is not peft_lora.Linear:
+        return f"{stock.__name__} is not a plain or LoRA linear"
+    reason = bypass_reason(module) or state_reason(module)
+    if reason:
+        return reason
+    base = module.base_layer
+    if stock_class(base) is not nn.Linear:
+        return f"its base layer is {type(base).__name__}"
+    plain = read_plain(base)
+    names = active_adapters(module)
+    if isinstance(plain, str) or not names:
+        return plain
+    if len(names) > 1:
+        return f"{len(names)} adapters are active"
+    lora = read_adapter(module, names[0])
+    if isinstance(lora, str):
+        return lora
+    if not getattr(module, "cast_input_dtype_enabled", True) and lora.a.dtype != plain.weight.dtype:
+        return "input casting is disabled and the adapter has another dtype"
+    return plain._replace(lora=lora)
+
+
+def read_projections(x: Tensor | None, *modules: nn.Module) -> list[Projection] | str:
+    """Several projections of one input; the first reason wins. ``x`` None skips the dtype check (for the report)."""
+    projections = []
+    for module in modules:
+        proj = read_projection(module)
+        if isinstance(proj, str):
+            return proj
+        reason = None if x is None else dtype_reason(x, proj.weight)
+        if reason:
+            return reason
+        projections.append(proj)
+    return projections

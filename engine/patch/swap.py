@@ -1,0 +1,116 @@
+"""The mechanism: swap ``module.__class__`` to a subclass with the same name, and back.
+
+A fused class is ``type(stock.__name__, (Mixin, stock), ...)``. Parameters, buffers, module names, state-dict keys, ``isinstance``
+and ``forward``'s signature stay stock, because nothing but the class of one instance changes; other models are untouched.
+Pickling a fused module stores its *stock* class, so that a file written with fuselora loads without it; ``copy.deepcopy``
+gives a fused copy.
+
+A mixin's ``forward`` computes what it can and returns ``super().forward(...)`` for everything else, after ``decline`` has
+counted the reason. Counts live outside the module, so that its ``__dict__`` is as stock left it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable
+from copyreg import __newobj__  # type: ignore[attr-defined]
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+logger = logging.getLogger("fuselora")
+
+LOCK = threading.RLock()
+_DECLINED: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
+_LOGGED: set[tuple[str, str]] = set()
+
+
+class Fused:
+    """Base of every mixin. ``kind`` names the rule group that ``patch_model(disable=...)`` accepts."""
+
+    kind = ""
+    ops: tuple[str, ...] = ()  # the registered ops that do the work, for the report
+
+    _fuselora_stock: type[nn.Module]
+
+    def fused_state(self) -> str | None:
+        """None if the module's current state is computed by the fused path, else the reason why it is not."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return __newobj__, (self._fuselora_stock,), self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _clone(self, memo, copy.deepcopy)
+
+    def __copy__(self) -> Any:
+        return _clone(self, {}, lambda state, memo: dict(state))
+
+
+def _clone(module: Any, memo: dict[int, Any], copy_state: Callable[[Any, Any], Any]) -> Any:
+    clone = module.__class__.__new__(module.__class__)
+    memo[id(module)] = clone
+    clone.__setstate__(copy_state(module.__dict__, memo))
+    return clone
+
+
+@functools.cache
+def fused_class(mixin: type[Fused], stock: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``stock`` that computes with ``mixin``; one per pair, whatever the number of models."""
+
+    @functools.wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    names = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "forward": forward,
+        "_fuselora_stock": stock,
+        "_fuselora_mixin": mixin,
+    }
+    return type(stock)(stock.__name__, (mixin, stock), names)
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before patching."""
+    return getattr(type(module), "_fuselora_stock", type(module)) if is_fused(module) else type(module)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether this exact class is one of ours (a later wrapper such as FSDP2 derives from it, and is not)."""
+    return "_fuselora_stock" in vars(type(module))
+
+
+def swap(module: nn.Module, mixin: type[Fused]) -> None:
+    module.__class__ = fused_class(mixin, type(module))
+
+
+def restore(module: nn.Module) -> None:
+    module.__class__ = vars(type(module))["_fuselora_stock"]
+    _DECLINED.pop(module, None)
+
+
+def decline(module: nn.Module, reason: str) -> None:
+    """Count a call that runs stock; say so once per class and reason."""
+    if torch.compiler.is_compiling():
+        return
+    with LOCK:
+        _DECLINED.setdefault(module, Counter())[reason] += 1
+        key = (type(module).__name__, reason)
+        if key in _LOGGED:
+            return
+        _LOGGED.add(key)
+    logger.warning("%s runs stock: %s", *key)
+
+
+def declined(module: nn.Module) -> Counter[str]:
+    """How often each reason made this module run stock since it was patched."""
+    return _DECLINED.get(module, Counter())
