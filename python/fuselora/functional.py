@@ -1,9 +1,12 @@
 """Public differentiable ops. Each is a plain function on tensors; its docstring gives shapes, dtypes and source."""
 
 from fuselora.kernels.dropout import dropout, dropout_mask
+from fuselora.kernels.glu import glu, glu_packed
+from fuselora.kernels.layer_norm import layer_norm
 from fuselora.kernels.lora import LoRA, Projection
 from fuselora.kernels.lora_linear import lora_delta, lora_linear, lora_linears
 from fuselora.kernels.rms_norm import add_rms_norm, rms_norm
+from fuselora.kernels.rope import rope
 
 __all__ = [
     "LoRA",
@@ -11,8 +14,12 @@ __all__ = [
     "add_rms_norm",
     "dropout",
     "dropout_mask",
+    "glu",
+    "glu_packed",
+    "layer_norm",
     "lora_delta",
     "lora_linear",
     "lora_linears",
     "rms_norm",
+    "rope",
 ]
