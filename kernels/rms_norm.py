@@ -26,8 +26,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import checks
-from .registry import Cost, Sample, define, function
+from . import checks, native
+from .registry import Cost, Sample, define, function, implement
 
 MODES = ("llama", "gemma", "none")
 
@@ -140,6 +140,59 @@ RMS_NORM_BWD = define(
     cost=_cost_bwd,
     long_reduction=True,
 )
+
+
+def _cpu(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, mode: str):
+    x, cols = x.contiguous(), x.shape[-1]
+    residual = None if residual is None else residual.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    y = torch.empty(x.shape, dtype=out_dtype(x, weight, mode))
+    h = x.new_empty(0 if residual is None else x.shape)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+    native.call(
+        "fuselora_rms_norm",
+        *map(native.pointer, (y, h, rstd, x, residual, weight)),
+        *(x.numel() // cols, cols),
+        *(native.DTYPE[x.dtype], native.DTYPE[x.dtype if weight is None else weight.dtype]),
+        *(eps, native.NORM_MODE[mode], torch.get_num_threads()),
+    )
+    return y, h, rstd
+
+
+def _cpu_supports(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, mode: str) -> str | None:
+    return "the last dimension is empty" if x.shape[-1] == 0 else native.unsupported(x, weight)
+
+
+def _cpu_bwd(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, mode: str, need_dw: bool):
+    dy, h, rstd, cols = dy.contiguous(), h.contiguous(), rstd.contiguous(), h.shape[-1]
+    dh = None if dh is None else dh.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    dx = torch.empty(h.shape, dtype=h.dtype)
+    dw = h.new_empty(0) if not need_dw or weight is None else torch.empty_like(weight)
+    native.call(
+        "fuselora_rms_norm_bwd",
+        native.pointer(dx),
+        native.pointer(dw) if dw.numel() else None,
+        *map(native.pointer, (dy, dh, h, weight, rstd)),
+        *(h.numel() // cols, cols),
+        *(native.DTYPE[t.dtype] for t in (dy, h, h if weight is None else weight)),
+        *(native.NORM_MODE[mode], torch.get_num_threads()),
+    )
+    return dx, dw
+
+
+def _cpu_bwd_supports(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, mode: str, need_dw: bool
+) -> str | None:
+    if h.shape[-1] == 0:
+        return "the last dimension is empty"
+    if dy.dtype not in (h.dtype, torch.float32) or (dh is not None and dh.dtype != h.dtype):
+        return f"gradients have dtypes {dy.dtype} and {None if dh is None else dh.dtype} with {h.dtype} activations"
+    return native.unsupported(h, weight)
+
+
+implement(RMS_NORM, "cpu", _cpu, _cpu_supports)
+implement(RMS_NORM_BWD, "cpu", _cpu_bwd, _cpu_bwd_supports)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -1,6 +1,7 @@
 // Sixteen fp32 lanes with the same interface on every instruction set, and the storage types bf16 and fp16.
 // Sixteen everywhere makes sums associate the same way: avx2 (2 registers) and avx512 (1) give the same bits; scalar (an
 // array that the compiler may vectorise) differs only where it has no fused multiply-add.
+// keep(x, words, threshold) zeroes the lanes whose word is below the threshold.
 #pragma once
 
 #include <cmath>
@@ -38,6 +39,10 @@ static inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 static inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 static inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+static inline Vec keep(Vec x, const uint32_t* words, uint32_t threshold) {
+  const __mmask16 kept = _mm512_cmpge_epu32_mask(_mm512_loadu_si512(words), _mm512_set1_epi32(int32_t(threshold)));
+  return {_mm512_maskz_mov_ps(kept, x.v)};
+}
 static inline Vec load(const float* p, Full) { return {_mm512_loadu_ps(p)}; }
 static inline void store(float* p, Vec x, Full) { _mm512_storeu_ps(p, x.v); }
 static inline Vec load(const bf16* p, Full) {
@@ -71,6 +76,15 @@ static inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _
 static inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 static inline Vec fma(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+static inline __m256 keep8(__m256 x, const uint32_t* words, uint32_t threshold) {
+  const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+  // word >= threshold without an unsigned comparison: the larger of the two is word.
+  const __m256i larger = _mm256_max_epu32(word, _mm256_set1_epi32(int32_t(threshold)));
+  return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(larger, word)));
+}
+static inline Vec keep(Vec x, const uint32_t* words, uint32_t threshold) {
+  return {keep8(x.lo, words, threshold), keep8(x.hi, words + 8, threshold)};
 }
 static inline Vec load(const float* p, Full) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 static inline void store(float* p, Vec x, Full) {
@@ -151,6 +165,9 @@ static inline Vec operator+(const Vec& a, const Vec& b) { FUSELORA_LANEWISE(a.v[
 static inline Vec operator-(const Vec& a, const Vec& b) { FUSELORA_LANEWISE(a.v[i] - b.v[i]); }
 static inline Vec operator*(const Vec& a, const Vec& b) { FUSELORA_LANEWISE(a.v[i] * b.v[i]); }
 static inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { FUSELORA_LANEWISE(a.v[i] * b.v[i] + c.v[i]); }
+static inline Vec keep(const Vec& x, const uint32_t* words, uint32_t threshold) {
+  FUSELORA_LANEWISE(words[i] >= threshold ? x.v[i] : 0.f);
+}
 template <class T>
 static inline Vec load(const T* p, Full) { FUSELORA_LANEWISE(widen(p[i])); }
 template <class T>

@@ -1,0 +1,122 @@
+"""The native library: loaded on first use, called through one table of ctypes signatures.
+
+``csrc/include/fuselora.h`` is the contract. CMake puts the library into ``fuselora/_lib``; it links libgomp by its plain
+name, so loaded after torch it shares torch's OpenMP runtime and thread pool.
+
+Without the library everything imports and runs: ``reason()`` says what is missing and how to get it, the ops stay on
+their references, and only a direct call raises. FUSELORA_CPU_ISA=scalar|avx2|avx512 forces an instruction set; one that
+this CPU does not have raises.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ABI_VERSION = 1
+ENV_ISA = "FUSELORA_CPU_ISA"
+# Not resolved: fuselora/kernels is a symlink in a checkout, and the library lies beside the link.
+LIBRARY = Path(__file__).parent.parent / "_lib" / "libfuselora_cpu.so"
+
+DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NORM_MODE = {"llama": 0, "gemma": 1, "none": 2}
+
+# name: (result, arguments), in the header's order. Functions that return a status are called through ``call``.
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "fuselora_abi_version": (c_int32, ()),
+    "fuselora_last_error": (c_char_p, ()),
+    "fuselora_cpu_isa": (c_char_p, ()),
+    "fuselora_rms_norm": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p, c_void_p),  # y, h, rstd
+            *(c_void_p, c_void_p, c_void_p),  # x, residual, weight
+            *(c_int64, c_int64),  # rows, cols
+            *(c_int32, c_int32),  # dtype, weight_dtype
+            *(c_double, c_int32, c_int32),  # eps, mode, threads
+        ),
+    ),
+    "fuselora_rms_norm_bwd": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p),  # dx, dw
+            *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),  # dy, dh, h, weight, rstd
+            *(c_int64, c_int64),  # rows, cols
+            *(c_int32, c_int32, c_int32),  # dy_dtype, dtype, weight_dtype
+            *(c_int32, c_int32),  # mode, threads
+        ),
+    ),
+    "fuselora_dropout": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p, c_int64, c_int32),  # y, x, n, dtype
+            *(c_uint64, c_uint32, c_float, c_int32),  # seed, threshold, scale, threads
+        ),
+    ),
+    "fuselora_philox": (None, (POINTER(c_uint32), POINTER(c_uint32), POINTER(c_uint32))),  # out, counter, key
+}
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """(library, None), or (None, the sentence that says why there is none)."""
+    rebuild = "reinstall fuselora where a C++17 compiler is found (in a checkout: make native)"
+    if not LIBRARY.exists():
+        return None, f"native ops: expected {LIBRARY.name} in {LIBRARY.parent}, got no such file; {rebuild}"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return None, f"native ops: {LIBRARY.name} does not load: {error}; {rebuild}"
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name, None)
+        if function is None:
+            return None, f"native ops: expected {name} in {LIBRARY}, got a library without it; {rebuild}"
+        function.restype, function.argtypes = result, arguments
+    version = library.fuselora_abi_version()
+    if version != ABI_VERSION:
+        return None, f"native ops: expected ABI version {ABI_VERSION} of {LIBRARY}, got {version}; {rebuild}"
+    if library.fuselora_cpu_isa() is None:
+        raise RuntimeError(library.fuselora_last_error().decode())
+    return library, None
+
+
+def reason() -> str | None:
+    """None when native ops can run, else why not and the remedy. RuntimeError: FUSELORA_CPU_ISA can't be had."""
+    return _load()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises RuntimeError with ``reason()`` when there is none."""
+    loaded, why = _load()
+    if loaded is None:
+        raise RuntimeError(why)
+    return loaded
+
+
+def isa() -> str:
+    """The instruction set that the native CPU ops run with: scalar, avx2 or avx512."""
+    return library().fuselora_cpu_isa().decode()
+
+
+def call(name: str, *args: Any) -> None:
+    """Call a function that returns a status; a failure raises RuntimeError with the library's sentence."""
+    loaded = library()
+    if getattr(loaded, name)(*args) != 0:
+        raise RuntimeError(loaded.fuselora_last_error().decode())
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def unsupported(*tensors: torch.Tensor | None) -> str | None:
+    """Why the native CPU ops can't take these tensors, or None."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in DTYPE:
+            return f"native CPU ops compute fp32, bf16 and fp16, not {tensor.dtype}"
+    return reason()
