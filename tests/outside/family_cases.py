@@ -29,7 +29,8 @@ SIZES = {
 }
 HEAD = {"head_dim": 10}
 SLIDING = {**HEAD, "sliding_window": 16, "query_pre_attn_scalar": 10}
-GRANITE = {"embedding_multiplier": 2.0, "logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
+BOTH = {"layer_types": ["sliding_attention", "full_attention"]}
+GRANITE = {"embedding_multiplier": 2.0, "logits_scaling": 0.5, "residual_multiplier": 0.7, "attention_multiplier": 0.3}
 FAMILIES: dict[str, dict[str, object]] = {
     "Llama": {},
     "Mistral": {"sliding_window": 16},
@@ -37,7 +38,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "Qwen3": HEAD,
     "Gemma": HEAD,
     "Gemma2": SLIDING,
-    "Gemma3": SLIDING,
+    "Gemma3": {**SLIDING, **BOTH},
     "Phi3": {},
     "Granite": GRANITE,
     "Olmo2": {},

@@ -29,9 +29,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("patched"):
-        from patching import patch_everything_peft_builds
+        from patching import mutate, patch_everything_peft_builds
 
         patch_everything_peft_builds()
+        if config.getoption("mutate"):
+            mutate(config.getoption("mutate"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
