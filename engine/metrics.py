@@ -1,0 +1,93 @@
+"""What a run shows and records: a live line on a terminal, plain lines elsewhere, trainer_log.jsonl, the loss curve."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+LOG_FILE = "trainer_log.jsonl"
+CURVE_FILE = "loss.png"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak bytes allocated on a GPU; on a CPU the process's resident bytes now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+class RunLog:
+    """Records of one run. Every record is one line of trainer_log.jsonl; ``show`` is for people."""
+
+    def __init__(self, output_dir: Path, *, total_steps: int, resume_step: int | None = None) -> None:
+        self.path = output_dir / LOG_FILE
+        self.total_steps = total_steps
+        self.records: list[dict[str, Any]] = []
+        self._live = sys.stdout.isatty()
+        self._line_open = False
+        self._began, self._first_step = time.monotonic(), resume_step or 0
+        if resume_step is not None and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            self.records = [r for r in map(json.loads, lines) if r["current_steps"] <= resume_step]
+        self.path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+
+    def record(self, step: int, **values: Any) -> dict[str, Any]:
+        elapsed = time.monotonic() - self._began
+        done = step - self._first_step
+        remaining = elapsed / done * (self.total_steps - step) if done > 0 else None
+        entry = {"current_steps": step, "total_steps": self.total_steps} | values
+        entry |= {"elapsed_time": _clock(elapsed), "remaining_time": _clock(remaining)}
+        self.records.append(entry)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        return entry
+
+    def progress(self, entry: dict[str, Any]) -> None:
+        """One line of training: overwritten in place on a terminal."""
+        line = (
+            f"step {entry['current_steps']}/{entry['total_steps']}  loss {entry['loss']:.4f}  "
+            f"lr {entry['lr']:.2e}  {entry['tokens_per_second']:.0f} tokens/s  {entry['memory_mib']:.0f} MiB  "
+            f"ETA {entry['remaining_time']}"
+        )
+        if self._live:
+            print(f"\r\x1b[2K{line}", end="", flush=True)
+            self._line_open = True
+        else:
+            print(line, flush=True)
+
+    def show(self, text: str) -> None:
+        """A line that stays."""
+        if self._line_open:
+            print()
+            self._line_open = False
+        print(text, flush=True)
+
+
+def _clock(seconds: float | None) -> str:
+    return "?" if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
+    """Training and evaluation loss over optimizer steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for key, style, label in (("loss", "-", "training"), ("eval_loss", "o--", "held out")):
+        points = [(r["current_steps"], r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per trained token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)

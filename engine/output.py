@@ -1,0 +1,111 @@
+"""What a run leaves in ``output_dir``, and the proof that stock PEFT can use it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fuselora.engine.chat import prompt_ids
+from fuselora.engine.checkpoint import PREFIX
+from fuselora.engine.config import Config, config_yaml
+from fuselora.engine.data import Conversation
+from fuselora.engine.errors import UserError, expected
+from fuselora.engine.model import load_base, pick_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SMALL = 1_000_000_000  # weights; reloading a larger base in fp32 takes more memory than its training may have
+
+
+def check_output_dir(config: Config) -> None:
+    """Refuse a folder that holds something, unless asked to overwrite or resume."""
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise expected("output_dir", "a folder", f"{str(folder)!r}, which is a file", "choose another name")
+    in_use = folder.is_dir() and any(folder.iterdir())
+    if in_use and not config.overwrite_output_dir and not config.resume_from_checkpoint:
+        raise expected(
+            "output_dir",
+            "an empty or new folder",
+            f"{str(folder)!r}, which is not empty",
+            "choose another, or set resume_from_checkpoint: true or overwrite_output_dir: true",
+        )
+
+
+def open_output_dir(config: Config) -> Path:
+    """Create the folder and record the configuration. Starting anew removes the old run's checkpoints."""
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: expected a folder that can be made, got {error}; choose another") from error
+    if not config.resume_from_checkpoint:
+        for old in folder.glob(f"{PREFIX}*"):
+            if old.is_dir() and old.name.removeprefix(PREFIX).isdigit():
+                shutil.rmtree(old)
+    (folder / "training_args.yaml").write_text(config_yaml(config), encoding="utf-8")
+    return folder
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """The adapter as PEFT saves it; each file appears whole or not at all."""
+    staging = folder / ".adapter.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging, save_embedding_layers=False)
+    for path in staging.iterdir():
+        path.replace(folder / path.name)
+    staging.rmdir()
+
+
+@dataclass(frozen=True)
+class AdapterCheck:
+    """Reloaded in stock PEFT, fp32. ``logit_difference``: max |fuselora - stock| over ``prompt`` + ``sample``."""
+
+    instruction: str
+    reference: str
+    sample: str
+    logit_difference: float | None
+
+    def __str__(self) -> str:
+        lines = [f"instruction  {self.instruction}", f"reference    {self.reference}", f"sample       {self.sample}"]
+        if self.logit_difference is not None:
+            lines.append(f"max logit difference, fuselora against stock PEFT (fp32): {self.logit_difference:.2e}")
+        return "\n".join(lines)
+
+
+def wants_check(config: Config, model: torch.nn.Module) -> bool:
+    if config.check_adapter == "auto":
+        return sum(p.numel() for p in model.parameters()) < SMALL
+    return config.check_adapter == "true"
+
+
+@torch.no_grad()
+def check_adapter(
+    config: Config, base: str, tokenizer: PreTrainedTokenizerBase, conversation: Conversation
+) -> AdapterCheck:
+    """Load base and saved adapter afresh with stock PEFT, answer one instruction, then patch and compare the logits."""
+    from peft import PeftModel
+
+    device = pick_device(config)
+    stock = PeftModel.from_pretrained(load_base(base, config, torch.float32), config.output_dir).to(device).eval()
+    prompt = torch.tensor([prompt_ids(conversation, tokenizer)], device=device)
+    ids = stock.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=config.max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    difference = None
+    if config.fuse:
+        from fuselora.engine.patch import patch_model
+
+        stock_logits = stock(input_ids=ids).logits
+        difference = (patch_model(stock)(input_ids=ids).logits - stock_logits).abs().max().item()
+    sample = tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
+    return AdapterCheck(conversation[-2]["content"], conversation[-1]["content"], sample, difference)

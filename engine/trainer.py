@@ -1,0 +1,261 @@
+"""The training loop: batch -> forward -> backward -> clip -> step -> schedule -> log -> save.
+
+    loss(step) = sum over the step's trained tokens of -log p / number of those tokens
+
+The model's own loss divides by ``num_items_in_batch``, the count over all micro-batches of the step, so batch geometry
+doesn't change the result. Step s of an epoch takes examples s B .. (s + 1) B - 1 of that epoch's permutation, with
+B = per_device_train_batch_size x gradient_accumulation_steps: position is a function of the step, and a resumed run is
+bit-exact. The device is waited for only when something is logged, saved or evaluated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from fuselora.engine import checkpoint, metrics, optim
+from fuselora.engine.chat import Example, collate, epoch_order, micro_batches
+from fuselora.engine.config import Config
+from fuselora.engine.errors import UserError
+
+
+@dataclass
+class Window:
+    """Sums since the last log line. ``loss`` and ``bad_step`` live on the device."""
+
+    loss: torch.Tensor
+    bad_step: torch.Tensor  # first step with a non-finite loss or gradient, -1 if none
+    steps: int = 0
+    tokens: int = 0
+    began: float = 0.0
+
+    def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, tokens: int) -> None:
+        self.loss += loss
+        bad = ~torch.isfinite(loss + norm) & (self.bad_step < 0)
+        self.bad_step = torch.where(bad, step, self.bad_step)
+        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+
+
+class Trainer:
+    """Trains the trainable weights of ``model`` on ``train``; ``pad_id`` fills the right of short rows."""
+
+    def __init__(
+        self, model: Any, train: Sequence[Example], held_out: Sequence[Example], config: Config, *, pad_id: int
+    ) -> None:
+        self.model, self.train, self.held_out, self.config, self.pad_id = model, train, held_out, config, pad_id
+        self.device = next(model.parameters()).device
+        self.output_dir = Path(config.output_dir)
+        self.optimizer = optim.build_optimizer(model, config)
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.steps_per_epoch = math.ceil(len(train) / self.batch)
+        by_epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
+        self.total_steps = config.max_steps if config.max_steps > 0 else by_epochs
+        self.warmup = optim.warmup_steps(config, self.total_steps)
+        self.step = 0
+        self.stop_signal = 0
+        self.last_checkpoint: Path | None = None
+        self.window = self._new_window()
+        self.log: metrics.RunLog
+
+    def fit(self) -> int:
+        """Train to the end or to a signal. Returns 0, or the number of the signal that stopped the run."""
+        config = self.config
+        resume = checkpoint.find_resume(self.output_dir, config.resume_from_checkpoint)
+        if resume is not None:
+            self._restore(resume)
+        self.log = metrics.RunLog(
+            self.output_dir, total_steps=self.total_steps, resume_step=self.step if resume else None
+        )
+        with self._signals():
+            if config.eval_on_start and resume is None:
+                self.evaluate_and_log()
+            self.window.began = time.monotonic()
+            while self.step < self.total_steps and not self.stop_signal:
+                self.training_step()
+                if self._due(config.logging_steps) or self.step == self.total_steps:
+                    self._log_window()
+                if self._due_by(config.eval_strategy, config.eval_steps or config.logging_steps):
+                    self.evaluate_and_log()
+                if self._due_by(config.save_strategy, config.save_steps):
+                    self.save()
+            if self.stop_signal:
+                self.save()
+            elif config.do_eval and self.log.records[-1:] and "eval_loss" not in self.log.records[-1]:
+                self.evaluate_and_log()
+            if config.save_strategy != "no":
+                self.save()
+            self._check_finite()
+        return self.stop_signal
+
+    def evaluate_only(self) -> int:
+        """What ``do_train: false`` does instead of ``fit``."""
+        self.log = metrics.RunLog(self.output_dir, total_steps=self.total_steps)
+        with self._signals():
+            self.evaluate_and_log()
+        return self.stop_signal
+
+    def training_step(self) -> None:
+        """One optimizer step over ``batch`` examples."""
+        self.model.train()
+        optim.set_learning_rate(self.optimizer, self.learning_rate)
+        examples = self._examples(self.step)
+        tokens = sum(example.trained for example in examples)
+        step_loss = torch.zeros((), device=self.device)
+        for micro in micro_batches(examples, self.config.per_device_train_batch_size):
+            loss = self._loss(micro, tokens)
+            loss.backward()
+            step_loss += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.window.add(self.step, step_loss, norm, sum(len(example.input_ids) for example in examples))
+
+    @property
+    def learning_rate(self) -> float:
+        factor = optim.lr_factor(self.config.lr_scheduler_type, self.step, warmup=self.warmup, total=self.total_steps)
+        return self.config.learning_rate * factor
+
+    def _loss(self, examples: Sequence[Example], tokens: int) -> torch.Tensor:
+        batch = {name: tensor.to(self.device) for name, tensor in collate(examples, self.pad_id).items()}
+        return self.model(**batch, num_items_in_batch=tokens).loss
+
+    def _examples(self, step: int) -> list[Example]:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = epoch_order(len(self.train), seed=self.config.order_seed, epoch=epoch)
+        return [self.train[i] for i in order[position * self.batch : (position + 1) * self.batch]]
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Loss per trained token of the held-out examples; longest first, so that rows of a batch have like lengths."""
+        self.model.eval()
+        examples = sorted(self.held_out, key=lambda example: -len(example.input_ids))
+        tokens = sum(example.trained for example in examples)
+        total = torch.zeros((), device=self.device)
+        for batch in micro_batches(examples, self.config.per_device_eval_batch_size):
+            if self.stop_signal:
+                break
+            total += self._loss(batch, tokens)
+        return total.item()
+
+    def evaluate_and_log(self) -> None:
+        if not self.held_out:
+            return
+        began = time.monotonic()
+        loss = self.evaluate()
+        if not self.stop_signal:
+            self.log.record(self.step, eval_loss=loss, epoch=self.epoch)
+            self.log.show(f"step {self.step}/{self.total_steps}  held-out loss {loss:.4f}")
+        self.window.began += time.monotonic() - began  # tokens/s counts training only
+
+    def save(self) -> None:
+        """Write a checkpoint unless this step has one already."""
+        if self.last_checkpoint and self.last_checkpoint.name == f"{checkpoint.PREFIX}{self.step}":
+            return
+        self._check_finite()
+        window = {"loss": self.window.loss.item(), "steps": self.window.steps}
+        state = {"step": self.step, "epoch": self.epoch, "window": window, "run": self._identity}
+        self.last_checkpoint = checkpoint.save_checkpoint(
+            self.output_dir, self.model, self.optimizer, state, keep=self.config.save_total_limit
+        )
+        self.log.show(f"step {self.step}/{self.total_steps}  saved {self.last_checkpoint}")
+
+    @property
+    def epoch(self) -> float:
+        return round(self.step / self.steps_per_epoch, 4)
+
+    def _restore(self, folder: Path) -> None:
+        state = checkpoint.load_checkpoint(folder, self.model, self.optimizer, self._identity)
+        self.step, self.last_checkpoint = state["step"], folder
+        self.window.loss += state["window"]["loss"]
+        self.window.steps = state["window"]["steps"]
+        print(f"resumed from {folder} at step {self.step}/{self.total_steps}", flush=True)
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What has to be equal for a checkpoint to continue this run."""
+        data = hashlib.sha256()
+        for example in self.train:
+            data.update(repr((example.input_ids, example.labels)).encode())
+        weights = hashlib.sha256()
+        for name, p in self.model.named_parameters():
+            weights.update(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}".encode())
+            if not p.requires_grad:  # a few bytes of each frozen weight tell another base of the same shape
+                weights.update(p.detach().reshape(-1)[:16].cpu().view(torch.uint8).numpy().tobytes())
+        return {
+            "per_device_train_batch_size": self.config.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
+            "data_seed": self.config.order_seed,
+            "lora_alpha": self.config.alpha,
+            "lora_dropout": self.config.lora_dropout,
+            "training data (sha256)": data.hexdigest()[:16],
+            "base and adapter weights (sha256)": weights.hexdigest()[:16],
+        }
+
+    def _new_window(self) -> Window:
+        return Window(
+            loss=torch.zeros((), device=self.device),
+            bad_step=torch.full((), -1, device=self.device),
+            began=time.monotonic(),
+        )
+
+    def _log_window(self) -> None:
+        self._check_finite()
+        window, seconds = self.window, time.monotonic() - self.window.began
+        entry = self.log.record(
+            self.step,
+            loss=window.loss.item() / window.steps,
+            lr=self.optimizer.param_groups[0]["lr"],
+            epoch=self.epoch,
+            tokens_per_second=round(window.tokens / max(seconds, 1e-9), 1),
+            memory_mib=round(metrics.memory_bytes(self.device) / 2**20, 1),
+        )
+        self.log.progress(entry)
+        self.window = self._new_window()
+
+    def _check_finite(self) -> None:
+        bad = int(self.window.bad_step.item())
+        if bad >= 0:
+            kept = (
+                f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "nothing was saved"
+            )
+            raise UserError(
+                f"step {bad}: expected a finite loss and gradient, got NaN or infinity; {kept}; "
+                "lower learning_rate, or set bf16 or fp32 where the model overflows"
+            )
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0
+
+    def _due_by(self, strategy: str, every: int) -> bool:
+        if strategy == "epoch":
+            return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
+        return strategy == "steps" and self._due(every)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM let the current step finish; a second one acts at once."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.stop_signal = number
+            for s in previous:
+                signal.signal(s, previous[s])
+
+        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s in previous:
+                signal.signal(s, previous[s])

@@ -1,0 +1,110 @@
+"""The ``fuselora`` command: thin; every verb calls what a program could import.
+
+fuselora train [config.yaml] [key=value ...]     train.py
+fuselora verify [config.yaml] [key=value ...]    patched against stock against fp64 on the configured model
+fuselora bench [options]                         bench/train_step.py, in a clone
+fuselora env                                     environment and capability report
+fuselora config-docs                             docs/config.md on standard output
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fuselora.engine.errors import UserError, run_command
+
+
+def _train(arguments: list[str]) -> int:
+    from fuselora import train
+
+    return train.main(arguments)
+
+
+def _verify(arguments: list[str]) -> int:
+    """Exit code 1 if the patched model isn't as close to the fp64 truth as the stock one."""
+    import torch
+
+    from fuselora.engine.chat import collate, encode_all
+    from fuselora.engine.config import load_config
+    from fuselora.engine.data import load_splits
+    from fuselora.engine.model import build_model, load_tokenizer, resolve_base
+    from fuselora.engine.patch import patch_model
+    from fuselora.engine.verify import verify
+
+    config = load_config(arguments)
+    rows = load_splits(config)[0][: config.per_device_train_batch_size]
+    base = resolve_base(config)
+    tokenizer = load_tokenizer(base, config)
+    model = build_model(base, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at the start of training, which would make every gradient of A zero
+                parameter.normal_(std=0.02)
+    batch = collate(encode_all(rows, tokenizer, config), tokenizer.pad_token_id)
+    device = next(model.parameters()).device
+    result = verify(patch_model(model), {name: tensor.to(device) for name, tensor in batch.items()})
+    print(result)
+    return 0 if result.ok else 1
+
+
+def _bench(arguments: list[str]) -> int:
+    script = Path(__file__).resolve().parents[2] / "bench" / "train_step.py"
+    if not script.is_file():
+        raise UserError(
+            "bench: expected a clone of the repository, got an installed package; clone it and run it there"
+        )
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+def _env(arguments: list[str]) -> int:
+    import fuselora
+
+    print(fuselora.env())
+    return 0
+
+
+def _config_docs(arguments: list[str]) -> int:
+    from fuselora.engine.config import config_markdown
+
+    print(config_markdown(), end="")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "verify": _verify,
+    "bench": _bench,
+    "env": _env,
+    "config-docs": _config_docs,
+}
+
+
+def usage() -> str:
+    from fuselora.engine.config import config_help
+
+    assert __doc__ is not None
+    return f"{__doc__}\nkeys of train and verify, with their defaults:\n\n{config_help()}"
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command = COMMANDS.get(arguments[0])
+    if command is None:
+        raise UserError(f"command: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}; see fuselora --help")
+    return command(arguments[1:])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    return run_command(lambda: _dispatch(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Fine-tune a model with LoRA: ``python train.py config.yaml [key=value ...]``, the same as ``fuselora train``.
+
+Top to bottom this is the whole product: configuration -> data -> model -> patch_model -> fit -> adapter. The keys are
+in docs/config.md; ``python train.py --help`` lists them.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from fuselora.engine import metrics, output
+from fuselora.engine.chat import describe, encode_all
+from fuselora.engine.config import Config, config_help, load_config
+from fuselora.engine.data import load_splits
+from fuselora.engine.errors import run_command
+from fuselora.engine.model import build_model, load_tokenizer, quiet_libraries, resolve_base
+from fuselora.engine.trainer import Trainer
+
+
+def train(config: Config) -> int:
+    """One run. Returns the exit code: 0, or 128 + signal if a signal stopped it after a checkpoint."""
+    output.check_output_dir(config)
+    train_rows, held_out_rows = load_splits(config)
+    base = resolve_base(config)
+    tokenizer = load_tokenizer(base, config)
+    train_set = encode_all(train_rows, tokenizer, config)
+    held_out = encode_all(held_out_rows, tokenizer, config)
+    print(f"training: {describe(train_set, len(train_rows))}\nheld out: {describe(held_out, len(held_out_rows))}")
+
+    model = build_model(base, config)
+    model.print_trainable_parameters()
+    if config.fuse:
+        from fuselora.engine.patch import patch_model, patch_report
+
+        model = patch_model(model, strict=config.fuse_strict)
+        print(patch_report(model))
+
+    folder = output.open_output_dir(config)
+    trainer = Trainer(model, train_set, held_out, config, pad_id=tokenizer.pad_token_id)
+    stopped_by = trainer.fit() if config.do_train else trainer.evaluate_only()
+    if stopped_by:
+        print(f"stopped; go on with the same command and resume_from_checkpoint={trainer.last_checkpoint}")
+        return 128 + stopped_by
+
+    output.save_adapter(model, folder)
+    tokenizer.save_pretrained(folder)
+    if config.plot_loss:
+        metrics.plot_loss(trainer.log.records, folder / metrics.CURVE_FILE)
+    if output.wants_check(config, model):
+        print(output.check_adapter(config, base, tokenizer, (held_out_rows or train_rows)[0]))
+    print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}")
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(config_help())
+        return 0
+    quiet_libraries()
+    return run_command(lambda: train(load_config(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
