@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
+from fuselora.kernels import numerics
+from fuselora.kernels.numerics import K_ELEMENTWISE, K_REDUCTION
 from fuselora.kernels.registry import Function, Sample
-
-K_ELEMENTWISE, K_REDUCTION = 1.5, 2.5
 
 
 def assert_kernel_close(
@@ -34,20 +34,12 @@ def assert_kernel_close(
     if actual.numel() == 0:
         return
     assert torch.isfinite(actual).all(), f"{name}: not finite"
-    exact = truth.double()
-    ours, theirs = (actual.double() - exact).abs(), (eager.double() - exact).abs()
-    rounding = torch.finfo(actual.dtype).eps / 2
-    for kind, reduce in (("max", torch.amax), ("rms", _rms)):
-        error, yardstick, scale = reduce(ours).item(), reduce(theirs).item(), reduce(exact.abs()).item()
-        bound = k * yardstick + rounding * scale
-        assert error <= bound, (
-            f"{name}: {kind} error {error:.3e} > {bound:.3e} "
-            f"(stock {yardstick:.3e}, rounding {rounding * scale:.3e}, scale {scale:.3e}, {actual.dtype})"
+    for error in numerics.compare(actual, truth, eager):
+        bound = error.bound(k, actual.dtype)
+        assert error.ours <= bound, (
+            f"{name}: {error.kind} error {error.ours:.3e} > {bound:.3e} "
+            f"(stock {error.stock:.3e}, scale {error.scale:.3e}, {actual.dtype})"
         )
-
-
-def _rms(x: torch.Tensor) -> torch.Tensor:
-    return x.square().mean().sqrt()
 
 
 @contextmanager

@@ -1,0 +1,50 @@
+"""The numerics rule as arithmetic: how far a result is from the fp64 truth, next to how far stock PyTorch is.
+
+A result passes when it is about as close to the truth as stock gets in the same dtype::
+
+    err(ours, truth) <= k * err(stock, truth) + one rounding of the dtype
+
+Errors are measured two ways, as the largest and as the root mean square over the elements; the rounding is half an
+epsilon of the dtype times the truth measured the same way. k is 1.5, and 2.5 for long reductions. ``fuselora.testing``
+judges kernels with it, ``fuselora.engine.verify`` whole models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+K_ELEMENTWISE, K_REDUCTION = 1.5, 2.5
+
+
+@dataclass(frozen=True)
+class Error:
+    """One comparison, by one measure (``max`` or ``rms``): the errors of ours and of stock, and the size of the truth."""
+
+    kind: str
+    ours: float
+    stock: float
+    scale: float
+
+    def bound(self, k: float, dtype: torch.dtype) -> float:
+        """What ours may err by."""
+        return k * self.stock + rounding(dtype) * self.scale
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The relative error of rounding one number to ``dtype``."""
+    return torch.finfo(dtype).eps / 2
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    """Root mean square over all elements."""
+    return x.square().mean().sqrt()
+
+
+def compare(ours: torch.Tensor, truth: torch.Tensor, stock: torch.Tensor) -> tuple[Error, Error]:
+    """(max, rms) errors of two non-empty tensors of one shape against the fp64 ``truth``."""
+    exact = truth.double()
+    off, stock_off = (ours.double() - exact).abs(), (stock.double() - exact).abs()
+    largest = Error("max", off.max().item(), stock_off.max().item(), exact.abs().max().item())
+    return largest, Error("rms", rms(off).item(), rms(stock_off).item(), rms(exact).item())
