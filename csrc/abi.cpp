@@ -113,7 +113,7 @@ int32_t fuselora_rms_norm_bwd(void* dx, void* dw, const void* dy, const void* dh
                 weight ? "with" : "without");
   if (!kernels()) return FUSELORA_BAD_ISA;
   if (cols == 0) return FUSELORA_OK;
-  const int64_t partials_size = dw ? dw_blocks(rows) * cols : 0;
+  const int64_t partials_size = dw ? dw_blocks(rows) * 2 * cols : 0;
   const Scratch memory = scratch(cols + partials_size);
   if (!memory)
     return fail(FUSELORA_OUT_OF_MEMORY, "rms_norm_bwd: no memory for %lld floats",

@@ -28,7 +28,9 @@ struct RmsNorm {
   int32_t mode, threads;
 };
 
-// Row blocks of the weight gradient: a function of the shape alone, so that dw doesn't depend on the thread count.
+// The weight gradient sums in four levels: up to kDwRows rows, those sums within a row block, up to kDwRows blocks, those
+// sums. Rounding grows with the square root of each level's length rather than of the row count. The blocks are a function
+// of the shape alone, so dw doesn't depend on the thread count.
 constexpr int64_t kDwBlocks = 128, kDwRows = 8;
 
 static inline int64_t dw_block_rows(int64_t rows) {
@@ -47,7 +49,7 @@ struct RmsNormBwd {
   const void* weight;
   const float* rstd;
   float* scale;     // scratch [cols]
-  float* partials;  // scratch [dw_blocks(rows), cols] when dw is wanted
+  float* partials;  // scratch [dw_blocks(rows), 2, cols] when dw is wanted: a block's sum, and its latest rows'
   int64_t rows, cols;
   int32_t dy_dtype, dtype, weight_dtype, mode, threads;
 };

@@ -63,9 +63,9 @@ void forward(const RmsNorm& a) {
   for (int64_t row = 0; row < a.rows; ++row) forward_row<T, Y>(a, row);
 }
 
-// dx of one row; with partial, also partial[j] += dy_j * xhat_j.
+// dx of one row; with recent, also recent[j] += dy_j * xhat_j.
 template <class T, class Y>
-void backward_row(const RmsNormBwd& a, int64_t row, float* partial) {
+void backward_row(const RmsNormBwd& a, int64_t row, float* recent) {
   const Y* dy = static_cast<const Y*>(a.dy) + row * a.cols;
   const T* h = static_cast<const T*>(a.h) + row * a.cols;
   const T* dh = a.dh ? static_cast<const T*>(a.dh) + row * a.cols : nullptr;
@@ -80,16 +80,38 @@ void backward_row(const RmsNormBwd& a, int64_t row, float* partial) {
     const Vec upstream = load(dy + j, lanes), xhat = load(h + j, lanes) * rstd;
     const Vec inner = fma(xhat, minus_mean, upstream * load(a.scale + j, lanes));
     store(dx + j, fma(inner, rstd, dh ? load(dh + j, lanes) : zero), lanes);
-    if (partial) {
+    if (recent) {
       const Vec normed = round_xhat ? rounded<T>(xhat) : xhat;
-      store(partial + j, fma(upstream, normed, load(partial + j, lanes)), lanes);
+      store(recent + j, fma(upstream, normed, load(recent + j, lanes)), lanes);
     }
   });
 }
 
-// dw = sum of the partials, in block order for every column.
+// total += recent, and recent = 0.
+void flush(float* total, float* recent, int64_t cols) {
+  each(cols, [&](int64_t j, auto lanes) {
+    store(total + j, load(total + j, lanes) + load(recent + j, lanes), lanes);
+    store(recent + j, splat(0), lanes);
+  });
+}
+
+// dx of a block of rows, and its part of dw.
+template <class T, class Y>
+void backward_block(const RmsNormBwd& a, int64_t block) {
+  float* total = a.dw ? a.partials + 2 * block * a.cols : nullptr;
+  float* recent = a.dw ? total + a.cols : nullptr;
+  if (a.dw) std::memset(total, 0, 2 * a.cols * sizeof(float));
+  const int64_t start = block * dw_block_rows(a.rows), stop = start + dw_block_rows(a.rows);
+  const int64_t end = stop < a.rows ? stop : a.rows;
+  for (int64_t row = start; row < end; ++row) {
+    backward_row<T, Y>(a, row, recent);
+    if (a.dw && ((row - start + 1) % kDwRows == 0 || row + 1 == end)) flush(total, recent, a.cols);
+  }
+}
+
+// dw = sum of the blocks' totals, in block order for every column.
 template <class W>
-void reduce_partials(const RmsNormBwd& a) {
+void reduce_blocks(const RmsNormBwd& a) {
   const int64_t blocks = dw_blocks(a.rows), width = 1024;
   const int threads = team(blocks * a.cols, a.threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
@@ -97,8 +119,13 @@ void reduce_partials(const RmsNormBwd& a) {
     const int64_t cols = a.cols - start < width ? a.cols - start : width;
     each(cols, [&](int64_t j, auto lanes) {
       Vec total = splat(0);
-      for (int64_t block = 0; block < blocks; ++block)
-        total = total + load(a.partials + block * a.cols + start + j, lanes);
+      for (int64_t first = 0; first < blocks; first += kDwRows) {
+        const int64_t end = first + kDwRows < blocks ? first + kDwRows : blocks;
+        Vec group = splat(0);
+        for (int64_t block = first; block < end; ++block)
+          group = group + load(a.partials + 2 * block * a.cols + start + j, lanes);
+        total = total + group;
+      }
       store(static_cast<W*>(a.dw) + start + j, total, lanes);
     });
   }
@@ -107,19 +134,13 @@ void reduce_partials(const RmsNormBwd& a) {
 template <class T, class Y>
 void backward(const RmsNormBwd& a) {
   fill_scale(a.scale, a.weight, a.weight_dtype, a.cols, a.mode);
-  const int64_t block_rows = dw_block_rows(a.rows), blocks = dw_blocks(a.rows);
   const int threads = team(a.rows * a.cols, a.threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t block = 0; block < blocks; ++block) {
-    float* partial = a.dw ? a.partials + block * a.cols : nullptr;
-    if (partial) std::memset(partial, 0, a.cols * sizeof(float));
-    const int64_t end = (block + 1) * block_rows < a.rows ? (block + 1) * block_rows : a.rows;
-    for (int64_t row = block * block_rows; row < end; ++row) backward_row<T, Y>(a, row, partial);
-  }
+  for (int64_t block = 0; block < dw_blocks(a.rows); ++block) backward_block<T, Y>(a, block);
   if (!a.dw) return;
-  if (a.weight_dtype == FUSELORA_BF16) return reduce_partials<bf16>(a);
-  if (a.weight_dtype == FUSELORA_F16) return reduce_partials<fp16>(a);
-  reduce_partials<float>(a);
+  if (a.weight_dtype == FUSELORA_BF16) return reduce_blocks<bf16>(a);
+  if (a.weight_dtype == FUSELORA_F16) return reduce_blocks<fp16>(a);
+  reduce_blocks<float>(a);
 }
 
 }  // namespace

@@ -1,0 +1,91 @@
+# `make train` and `make test` start from a bare machine: git, python3 (3.11 to 3.13), a C++ compiler, a package index.
+# Another interpreter: make PYTHON=python3.12 ... ; an environment that is already there: make gpu PY=python3
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+COMPAT := .venv-compat
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export TOKENIZERS_PARALLELISM := false
+
+NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+INSTALL_INPUTS := pyproject.toml setup.py constraints.txt python/fuselora/_version.py $(NATIVE_SOURCES)
+PYTEST := -m pytest -n 2
+
+# Given PY on the command line, nothing is installed and the package is taken from the checkout.
+ifeq ($(origin PY),command line)
+SETUP :=
+export PYTHONPATH := $(CURDIR)/python
+else
+SETUP := $(VENV)/.installed
+endif
+
+.PHONY: setup train test test-peft test-transformers test-compat bench lint format native gpu clean
+
+setup: $(SETUP)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(INSTALL_INPUTS) | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: $(SETUP)
+	$(PY) train.py examples/quickstart.yaml
+
+test: $(SETUP)
+	OMP_NUM_THREADS=1 $(PY) $(PYTEST)
+
+# PEFT's own test suite on patched models, judged against the same suite on stock PEFT.
+test-peft: $(VENV)/.peft-suite
+	OMP_NUM_THREADS=1 $(PY) tests/outside/run_peft.py
+
+# transformers' model tests on patched families, judged the same way.
+test-transformers: $(VENV)/.peft-suite
+	OMP_NUM_THREADS=1 $(PY) tests/outside/run_transformers.py
+
+$(VENV)/.peft-suite: $(SETUP)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,peft-suite]'
+	touch $@
+
+# The oldest supported transformers in an environment of its own: what binds to transformers and PEFT.
+test-compat: $(COMPAT)/.installed
+	OMP_NUM_THREADS=1 $(COMPAT)/bin/python $(PYTEST) $(wildcard tests/engine tests/parity)
+
+$(COMPAT)/.installed: $(INSTALL_INPUTS) constraints-compat.txt | $(SETUP)
+	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
+	awk -F '==' 'NR == FNR {override[$$1]; print; next} !($$1 in override)' \
+		constraints-compat.txt constraints.txt > $(COMPAT)/constraints.txt
+	FUSELORA_SKIP_NATIVE=1 $(COMPAT)/bin/python -m pip install --quiet \
+		--constraint $(COMPAT)/constraints.txt --editable '.[dev]'
+	touch $@
+
+bench: $(SETUP)
+	$(PY) bench/train_step.py --preset cpu
+
+lint: $(SETUP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(SETUP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# Builds csrc/ into python/fuselora/_lib and runs its C tests under every instruction set.
+native: $(SETUP)
+	cmake -S . -B build/native -DFUSELORA_TESTS=ON
+	cmake --build build/native --parallel
+	ctest --test-dir build/native --output-on-failure
+
+# On a CUDA machine: build with nvcc, the GPU tests, then the step benchmark, as JSON under build/gpu.
+gpu: native
+	mkdir -p build/gpu
+	$(PY) -m fuselora env | tee build/gpu/env.txt
+	$(PY) -m pytest -m gpu --junit-xml build/gpu/tests.xml
+	$(PY) bench/train_step.py --preset gpu --json build/gpu/train_step.json
+
+clean:
+	rm -rf build dist saves $(VENV) $(COMPAT) python/fuselora/_lib python/fuselora.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis
