@@ -16,8 +16,7 @@ import functools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
-from copyreg import __newobj__  # type: ignore[attr-defined]
+from copyreg import _reconstructor  # type: ignore[attr-defined]
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -44,20 +43,29 @@ class Fused:
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return __newobj__, (self._fuselora_stock,), self.__dict__
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _clone(self, memo, copy.deepcopy)
+        return _reconstructor, (_FusedInMemory(type(self), self._fuselora_stock), object, None), self.__dict__
 
     def __copy__(self) -> Any:
-        return _clone(self, {}, lambda state, memo: dict(state))
+        clone = object.__new__(type(self))
+        clone.__setstate__(dict(self.__dict__))
+        return clone
 
 
-def _clone(module: Any, memo: dict[int, Any], copy_state: Callable[[Any, Any], Any]) -> Any:
-    clone = module.__class__.__new__(module.__class__)
-    memo[id(module)] = clone
-    clone.__setstate__(copy_state(module.__dict__, memo))
-    return clone
+class _FusedInMemory:
+    """A class that deep copies to the fused one and pickles to the stock one (``copy.copy`` of a class is the class).
+
+    A ``__deepcopy__`` on the module would be found through PEFT's wrappers too, whose ``__getattr__`` passes every unknown
+    name on to the model inside: the copy of a ``PeftModel`` would be its base model.
+    """
+
+    def __init__(self, fused: type[nn.Module], stock: type[nn.Module]) -> None:
+        self.fused, self.stock = fused, stock
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> type[nn.Module]:
+        return self.fused
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copy.copy, (self.stock,)
 
 
 @functools.cache
