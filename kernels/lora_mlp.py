@@ -60,12 +60,12 @@ class _LoRAMLP(torch.autograd.Function):
         *inputs, down = unflatten(rest[2 * n + 1 :], ctx.static)
         needs = [ctx.needs_input_grad[4 + FIELDS * i : 4 + FIELDS * (i + 1)] for i in range(n + 1)]
         with no_autocast(x2):
-            gate, up = outs if n == 2 else outs[0].chunk(2, dim=-1)
             douts: list[Tensor] = []
 
             def rebuild_h(dh: Tensor) -> Tensor:
-                dgate, dup, h = torch.ops.fuselora.glu_bwd(dh, gate, up, ctx.act, needs[n][0] or needs[n][2])
-                douts.extend((dgate, dup) if n == 2 else (torch.cat((dgate, dup), dim=-1),))
+                backward = torch.ops.fuselora.glu_bwd if n == 2 else torch.ops.fuselora.glu_packed_bwd
+                *grads, h = backward(dh, *outs, ctx.act, needs[n][0] or needs[n][2])
+                douts.extend(grads)
                 return h
 
             _, (down_grads,) = projections_backward([rows(dy)], rebuild_h, [down], [s_down], [needs[n]], True)
