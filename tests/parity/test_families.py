@@ -110,7 +110,9 @@ CASES = {
     "window-per-layer": Case("qwen2", config={"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "partial-rotary": Case("phi3", config={"partial_rotary_factor": 0.5}),
     "rope-linear": Case(config={"rope_parameters": {**LLAMA_ROPE, "rope_type": "linear"}}),
-    "rope-dynamic": Case(config={"rope_parameters": {**LLAMA_ROPE, "rope_type": "dynamic"}, "max_position_embeddings": 8}),
+    "rope-dynamic": Case(
+        config={"rope_parameters": {**LLAMA_ROPE, "rope_type": "dynamic"}, "max_position_embeddings": 8}
+    ),
     "rope-yarn": Case(
         config={"rope_parameters": {**LLAMA_ROPE, "rope_type": "yarn", "original_max_position_embeddings": 16}}
     ),

@@ -34,7 +34,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": HEAD,
     "gemma": {**HEAD, "hidden_activation": "gelu_pytorch_tanh"},
-    "gemma2": {**HEAD, **WINDOW, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
+    "gemma2": {
+        **HEAD,
+        **WINDOW,
+        "query_pre_attn_scalar": 12,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 2.0,
+    },
     "gemma3_text": {**HEAD, **WINDOW, "query_pre_attn_scalar": 12, "sliding_window_pattern": 2},
     "phi3": {},
     "granite": {
@@ -97,7 +103,7 @@ def lora_model(
 
 
 def batch(rows: int = 2, length: int = 13, *, seed: int = 7, pad: str | None = None) -> dict[str, Tensor]:
-    """Random tokens with labels, of which a third are ignored. ``pad`` ("right" or "left") pads the last row by four."""
+    """Random tokens with labels, a third of them ignored. ``pad`` ("right" or "left") pads the last row by four."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (rows, length), generator=generator)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.33, -100)

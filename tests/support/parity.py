@@ -1,21 +1,23 @@
 """Whole models against stock and against the truth.
 
-*Truth* is the stock model in fp64 in which stock's own casts to fp32 (norms, softmax, rotary tables, loss) stay fp64 too.
-Rounding differs between two correct programs, so what is asked is the numerics rule: ours is about as close to the truth as
-stock is in the same dtype.
+*Truth* is the stock model in fp64 in which stock's own casts to fp32 (norms, softmax, rotary tables, loss) stay fp64
+too. Rounding differs between two correct programs, so what is asked is the numerics rule: ours is about as close to the
+truth as stock is in the same dtype.
 
-Which errors are compared was measured, over the ten families in fp32 and bf16 with several seeds. One gradient of a tiny
-model is a few hundred numbers whose errors are correlated, for all of them pass through the same few rounded activations:
-on a single batch one correct program's rms error of one tensor exceeds the other's by up to 2.3x, and the error of all
-tensors together by up to 1.5x; over four batches by 1.5x and 1.16x. So gradients of four batches are compared as one tensor:
+Which errors are compared was measured, over the ten families in fp32 and bf16 with several seeds. One gradient of a
+tiny model is a few hundred numbers whose errors are correlated, for all of them pass through the same few rounded
+activations: on a single batch one correct program's rms error of one tensor exceeds the other's by up to 2.3x, and the
+error of all tensors together by up to 1.5x; over four batches by 1.5x and 1.16x. So gradients of four batches are
+compared as one tensor:
 
 * each parameter in rms with k = 2.5 (a gradient is a long reduction) against the larger of stock's error there and of
-  stock's rms error over all parameters, so that stock's luck in one tensor fails nobody, and a small tensor that is wrong
-  can't hide behind large ones that are right;
+  stock's rms error over all parameters, so that stock's luck in one tensor fails nobody, and a small tensor that is
+  wrong can't hide behind large ones that are right;
 * all parameters together with k = 1.5.
 
-Stock's pooled relative errors are about 7e-7 and 1.6e-2: 2e-6 in fp32, or 4 % in bf16, in one parameter's gradient fails, and one
-wrong row or element of a tensor is far above the fp32 bound. Logits, thousands of numbers, obey the rule as it stands.
+Stock's pooled relative errors are about 7e-7 and 1.6e-2: 2e-6 in fp32, or 4 % in bf16, in one parameter's gradient
+fails, and one wrong row or element of a tensor is far above the fp32 bound. Logits, thousands of numbers, obey the rule
+as it stands.
 """
 
 from __future__ import annotations
@@ -105,7 +107,9 @@ def assert_close_to_truth(ours: Run, truth: Run, stock: Run, dtype: torch.dtype)
     errors = compare(ours.logits, truth.logits, stock.logits)
     for error, k in zip(errors, (K_REDUCTION, K_ELEMENTWISE), strict=True):
         bound = error.bound(k, dtype)
-        assert error.ours <= bound, f"logits: {error.kind} error {error.ours:.2e} > {bound:.2e} (stock {error.stock:.2e})"
+        assert error.ours <= bound, (
+            f"logits: {error.kind} error {error.ours:.2e} > {bound:.2e} (stock {error.stock:.2e})"
+        )
     if stock.losses is not None:
         assert_losses_close(ours.losses, truth.losses, stock.losses, logits_error=errors[1].stock)
     assert_gradients_close(ours.grads, truth.grads, stock.grads, dtype)
@@ -114,8 +118,8 @@ def assert_close_to_truth(ours: Run, truth: Run, stock: Run, dtype: torch.dtype)
 def assert_losses_close(ours: Tensor, truth: Tensor, stock: Tensor, logits_error: float) -> None:
     """Each loss within the larger of stock's largest error and the rms error of stock's logits.
 
-    Stock's error of one loss is near zero by chance as often as not; the loss of a token errs about as much as its logits do,
-    and a mean over tokens by at most the rms of that.
+    Stock's error of one loss is near zero by chance as often as not; the loss of a token errs about as much as its
+    logits do, and a mean over tokens by at most the rms of that.
     """
     assert ours.dtype == stock.dtype, f"loss: {ours.dtype}, stock {stock.dtype}"
     error = compare(ours, truth, stock)[0]
@@ -187,7 +191,9 @@ def assert_same_results(ours: Run, stock: Run, *, rtol: float = 1e-9) -> None:
     assert (ours.losses is None) == (stock.losses is None)
     if ours.losses is not None and stock.losses is not None:
         pairs["losses"] = (ours.losses, stock.losses)
-    assert ours.grads.keys() == stock.grads.keys(), f"trainable parameters differ: {ours.grads.keys() ^ stock.grads.keys()}"
+    assert ours.grads.keys() == stock.grads.keys(), (
+        f"trainable parameters differ: {ours.grads.keys() ^ stock.grads.keys()}"
+    )
     for name, theirs in stock.grads.items():
         mine = ours.grads[name]
         assert (mine is None) == (theirs is None), f"{name}: gradient {'missing' if mine is None else 'unexpected'}"
