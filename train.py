@@ -12,8 +12,9 @@ from fuselora.engine import metrics, output
 from fuselora.engine.chat import describe, encode_all
 from fuselora.engine.config import Config, config_help, load_config
 from fuselora.engine.data import load_splits
-from fuselora.engine.errors import run_command
+from fuselora.engine.errors import UserError, run_command
 from fuselora.engine.model import build_model, load_tokenizer, quiet_libraries, resolve_base
+from fuselora.engine.patch import patch_model, patch_report
 from fuselora.engine.trainer import Trainer
 
 
@@ -30,15 +31,18 @@ def train(config: Config) -> int:
     model = build_model(base, config)
     model.print_trainable_parameters()
     if config.fuse:
-        from fuselora.engine.patch import patch_model, patch_report
-
-        model = patch_model(model, strict=config.fuse_strict)
+        try:
+            model = patch_model(model, strict=config.fuse_strict)
+        except ValueError as error:  # strict, and something can't be fused
+            raise UserError(str(error)) from error
         print(patch_report(model))
 
-    folder = output.open_output_dir(config)
     trainer = Trainer(model, train_set, held_out, config, pad_id=tokenizer.pad_token_id)
-    stopped_by = trainer.fit() if config.do_train else trainer.evaluate_only()
-    if stopped_by:
+    if not config.do_train:
+        print(f"held-out loss {trainer.evaluate():.4f}")
+        return 0
+    folder = output.open_output_dir(config)
+    if stopped_by := trainer.fit():
         print(f"stopped; go on with the same command and resume_from_checkpoint={trainer.last_checkpoint}")
         return 128 + stopped_by
 

@@ -90,7 +90,7 @@ class Config:
         ("auto", "true", "false"),
     )
 
-    do_train: bool = _key("train", True, "Train.")
+    do_train: bool = _key("train", True, "Train; false: only evaluate the base model, writing nothing.")
     per_device_train_batch_size: int = _key("train", 8, "Sequences per forward pass.")
     gradient_accumulation_steps: int = _key("train", 1, "Forward passes per optimizer step.")
     learning_rate: float = _key("train", 5e-5, "Peak learning rate.")
@@ -129,7 +129,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, _coerce(f.name, getattr(self, f.name), _HINTS[f.name]))
+            object.__setattr__(self, f.name, _coerce(f, getattr(self, f.name)))
             _check_choice(f, getattr(self, f.name))
         _check_required(self)
         _check_supported(self)
@@ -209,8 +209,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _coerce(key: str, value: Any, hint: Any) -> Any:
-    """``value`` as the declared type. PyYAML reads 1e-4 as text (YAML 1.1 wants 1.0e-4), so floats accept text."""
+def _coerce(f: Field[Any], value: Any) -> Any:
+    """``value`` as the declared type. YAML 1.1 reads 1e-4 as text and a bare ``no`` as false; both are accepted."""
+    key, hint = f.name, _HINTS[f.name]
+    if isinstance(value, bool) and f.metadata["choices"]:
+        words = ("true", "yes") if value else ("false", "no")
+        value = next((word for word in words if word in f.metadata["choices"]), value)
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = list(typing.get_args(hint)) if union else [hint]
     if value is None and type(None) in kinds:
@@ -227,8 +231,6 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
                 continue
         if kind is str and isinstance(value, str):
             return value
-        if kind is str and isinstance(value, bool) and key == "check_adapter":
-            return "true" if value else "false"
         if typing.get_origin(kind) is tuple:
             parts = value.split(",") if isinstance(value, str) else value
             if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):

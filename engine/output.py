@@ -15,6 +15,7 @@ from fuselora.engine.config import Config, config_yaml
 from fuselora.engine.data import Conversation
 from fuselora.engine.errors import UserError, expected
 from fuselora.engine.model import load_base, pick_device
+from fuselora.engine.patch import patch_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,8 +104,6 @@ def check_adapter(
     )
     difference = None
     if config.fuse:
-        from fuselora.engine.patch import patch_model
-
         stock_logits = stock(input_ids=ids).logits
         difference = (patch_model(stock)(input_ids=ids).logits - stock_logits).abs().max().item()
     sample = tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)

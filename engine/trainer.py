@@ -99,13 +99,6 @@ class Trainer:
             self._check_finite()
         return self.stop_signal
 
-    def evaluate_only(self) -> int:
-        """What ``do_train: false`` does instead of ``fit``."""
-        self.log = metrics.RunLog(self.output_dir, total_steps=self.total_steps)
-        with self._signals():
-            self.evaluate_and_log()
-        return self.stop_signal
-
     def training_step(self) -> None:
         """One optimizer step over ``batch`` examples."""
         self.model.train()

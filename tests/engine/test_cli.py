@@ -1,0 +1,194 @@
+"""The command line: bad input is one line and exit code 2 with nothing written; a run leaves what it says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fuselora import cli, train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def arguments(tiny_base, dataset_dir, tmp_path):
+    keys = {
+        "model_name_or_path": tiny_base,
+        "dataset": "rows",
+        "dataset_dir": dataset_dir,
+        "output_dir": tmp_path / "out",
+        "use_cpu": True,
+        "fuse": False,
+        "val_size": 6,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 2,
+        "max_new_tokens": 8,
+    }
+    return lambda **more: [f"{key}={value}" for key, value in (keys | more).items()]
+
+
+def refused(capsys, arguments, *words):
+    """Exit code 2 and one line with ``words`` on standard error; returns what standard output got."""
+    code = cli.main(["train", *arguments])
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err
+    assert all(word in err for word in words), err
+    return out
+
+
+def test_unknown_key(arguments, capsys, tmp_path):
+    refused(capsys, [*arguments(), "lora_rnak=8"], "'lora_rnak'", "'lora_rank'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_dataset_file(arguments, capsys, dataset_dir, tmp_path):
+    (dataset_dir / "rows.json").unlink()
+    refused(capsys, arguments(), "rows.json", "check the path")
+    assert not (tmp_path / "out").exists()
+
+
+def test_row_without_needed_columns(arguments, capsys, dataset_dir, tmp_path):
+    rows = ['{"instruction": "I", "output": "O"}', '{"instruction": "I", "answer": "O"}']
+    (dataset_dir / "rows.json").write_text("\n".join(rows))
+    refused(capsys, arguments(), "rows.json:2:", "'output'", "'answer'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_folder_without_tokenizer(arguments, capsys, tiny_base, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((tiny_base / name).read_bytes())
+    refused(capsys, arguments(model_name_or_path=bare), "model_name_or_path", "tokenizer", "bare")
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_that_is_not_there(arguments, capsys, tmp_path):
+    refused(capsys, arguments(model_name_or_path=tmp_path / "none"), "model_name_or_path", "none")
+    (tmp_path / "empty").mkdir()
+    refused(capsys, arguments(model_name_or_path=tmp_path / "empty"), "config.json", "empty")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_target_that_matches_nothing(arguments, capsys, tmp_path):
+    refused(capsys, arguments(lora_target="w_q"), "lora_target", "w_q")
+    assert not (tmp_path / "out").exists()
+
+
+def test_strict_names_what_is_not_fused(arguments, capsys, tmp_path):
+    refused(capsys, arguments(fuse=True, fuse_strict=True, use_dora=True), "strict", "fused", "self_attn")
+    assert not (tmp_path / "out").exists()
+
+
+def test_used_output_dir_is_left_alone(arguments, capsys, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    refused(capsys, arguments(), "output_dir", "overwrite_output_dir")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_unknown_command(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "trian" in capsys.readouterr().err
+
+
+def test_help_lists_commands_and_keys(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in (*cli.COMMANDS, "lora_rank", "cutoff_len"))
+    assert train.main(["--help"]) == 0 and "lora_rank" in capsys.readouterr().out
+
+
+def test_a_whole_run(arguments, capsys, tmp_path, tiny_base):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert cli.main(["train", *arguments(plot_loss=True, save_steps=2)]) == 0
+    out, text = tmp_path / "out", capsys.readouterr().out
+    for name in (
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "trainer_log.jsonl",
+        "training_args.yaml",
+        "loss.png",
+    ):
+        assert (out / name).is_file() and name in text
+    assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "reference" in text and "sample" in text and str(out) in text
+    records = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
+    assert records[-1]["eval_loss"] < records[0]["eval_loss"]
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), out)
+    assert any(p.abs().max() > 0 for name, p in stock.named_parameters() if "lora_B" in name)
+
+
+def test_fused_run_agrees_with_stock(arguments, capsys, tmp_path):
+    """Same losses to rounding, and the saved adapter computes the same in stock PEFT."""
+    losses = []
+    for fuse in (True, False):
+        out = tmp_path / f"fuse_{fuse}"
+        assert cli.main(["train", *arguments(fuse=fuse, output_dir=out)]) == 0
+        records = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
+        losses.append([record.get("loss", record.get("eval_loss")) for record in records])
+    text = capsys.readouterr().out
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert "0 stock" in text and float(text.split("(fp32): ")[1].split()[0]) <= 1e-5
+
+
+def test_overwrite_removes_the_old_checkpoints(arguments, tmp_path):
+    assert cli.main(["train", *arguments(save_steps=2)]) == 0
+    assert cli.main(["train", *arguments(save_steps=3, max_steps=3, overwrite_output_dir=True)]) == 0
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_evaluation_only(arguments, capsys, tmp_path):
+    assert cli.main(["train", *arguments(do_train=False)]) == 0
+    assert "held-out loss" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_process_can_be_resumed(arguments, tmp_path, number):
+    """A real process, a signal, its exit code, and the run goes on from there."""
+    keys = {"max_steps": 400, "lora_dropout": 0.1, "save_strategy": "no", "val_size": 0, "check_adapter": False}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(**keys)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    )
+    for line in process.stdout:
+        if line.startswith("step 6/"):
+            process.send_signal(number)
+            break
+    rest, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, errors
+    assert "resume_from_checkpoint=" in rest and "Traceback" not in errors
+    (saved,) = (tmp_path / "out").glob("checkpoint-*")
+    step = int(saved.name.removeprefix("checkpoint-"))
+    assert 6 <= step < 400
+    assert cli.main(["train", *arguments(**keys | {"max_steps": step + 3}, resume_from_checkpoint=saved)]) == 0
+    steps = [json.loads(line)["current_steps"] for line in (tmp_path / "out" / "trainer_log.jsonl").open()]
+    assert steps == sorted(set(steps)) and steps[-1] == step + 3
+
+
+def test_unfinished_command_reports_an_interrupt(monkeypatch, capsys):
+    monkeypatch.setattr(train, "train", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["train", "model_name_or_path=a", "dataset=b", "output_dir=c"]) == 130
+    assert "nothing was saved" in capsys.readouterr().err
+
+
+def test_bench_outside_a_clone(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "a" / "b" / "cli.py"))
+    assert cli.main(["bench"]) == 2
+    assert "clone" in capsys.readouterr().err
+
+
+def test_the_command_starts_light():
+    """Importing the command line does no work."""
+    code = "import fuselora.cli, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT / "python")})

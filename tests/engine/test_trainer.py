@@ -1,0 +1,210 @@
+"""The loop: exact normalisation, schedules, stopping. On stock PEFT, so nothing here depends on fused operations."""
+
+import json
+import math
+import os
+import signal
+import sys
+
+import pytest
+import torch
+
+from fuselora.engine import optim
+from fuselora.engine.chat import encode_all
+from fuselora.engine.data import load_splits
+from fuselora.engine.errors import UserError
+from fuselora.engine.model import build_model
+from fuselora.engine.output import open_output_dir
+from fuselora.engine.trainer import Trainer
+
+
+@pytest.fixture
+def make_trainer(make_config, tiny_base, tokenizer):
+    def make(**keys):
+        config = make_config(**keys)
+        train, held_out = (encode_all(rows, tokenizer, config) for rows in load_splits(config))
+        open_output_dir(config)
+        return Trainer(build_model(str(tiny_base), config), train, held_out, config, pad_id=tokenizer.pad_token_id)
+
+    return make
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def test_batch_geometry_does_not_change_the_result(make_trainer, tmp_path):
+    """Rows have 1 to 5 trained words: a mean of micro-batch means would differ in the second digit."""
+    results = []
+    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        trainer = make_trainer(
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=6,
+            logging_steps=1,
+            output_dir=str(tmp_path / f"out{size}"),
+        )
+        trainer.fit()
+        results.append(([r["loss"] for r in trainer.log.records], weights(trainer)))
+    for losses, trained in results[1:]:
+        torch.testing.assert_close(losses, results[0][0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(trained, results[0][1], rtol=1e-3, atol=1e-5)
+
+
+def test_loss_is_the_mean_over_trained_tokens(make_trainer):
+    trainer = make_trainer(per_device_train_batch_size=3, gradient_accumulation_steps=3, max_steps=1, logging_steps=1)
+    total = count = 0
+    with torch.no_grad():
+        for example in trainer._examples(0):
+            ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels[1:])
+            logp = trainer.model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+            kept = labels >= 0
+            total -= logp[kept].gather(1, labels[kept, None]).sum().item()
+            count += kept.sum().item()
+    trainer.fit()
+    assert trainer.log.records[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_every_example_once_per_epoch_and_a_short_last_batch(make_trainer):
+    trainer = make_trainer(per_device_train_batch_size=5, gradient_accumulation_steps=2, num_train_epochs=2)
+    assert (trainer.steps_per_epoch, trainer.total_steps) == (3, 6)
+    epochs = [[id(e) for step in steps for e in trainer._examples(step)] for steps in ((0, 1, 2), (3, 4, 5))]
+    assert all(sorted(seen) == sorted(map(id, trainer.train)) for seen in epochs) and epochs[0] != epochs[1]
+    assert len(trainer._examples(2)) == 4
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
+def test_schedule_equals_transformers(kind):
+    from transformers import get_scheduler
+
+    warmup, total = (0 if kind == "constant" else 3), 11
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    for step in range(total):
+        ours = optim.lr_factor(kind, step, warmup=warmup, total=total)
+        assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+def test_warmup_steps_replaces_ratio(make_config):
+    assert optim.warmup_steps(make_config(warmup_ratio=0.101), 100) == 11
+    assert optim.warmup_steps(make_config(warmup_ratio=0.1, warmup_steps=3), 100) == 3
+
+
+def test_no_decay_of_vectors():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+
+    class Keys:
+        weight_decay, learning_rate, adam_beta1, adam_beta2, adam_epsilon = 0.1, 1e-3, 0.9, 0.99, 1e-7
+
+    decayed, plain = optim.build_optimizer(model, Keys()).param_groups
+    assert [p.dim() for p in decayed["params"]] == [2] and decayed["weight_decay"] == 0.1
+    assert [p.dim() for p in plain["params"]] == [1, 1, 1] and plain["weight_decay"] == 0
+    assert (decayed["betas"], decayed["eps"], decayed["lr"]) == ((0.9, 0.99), 1e-7, 1e-3)
+
+
+def test_clipping_bounds_the_step(make_trainer, monkeypatch, tmp_path):
+    norms = {}
+    for limit in (0.0, 1e-3):
+        trainer = make_trainer(max_steps=1, max_grad_norm=limit, output_dir=str(tmp_path / str(limit)))
+        seen = []
+        monkeypatch.setattr(trainer.optimizer, "step", lambda t=trainer, s=seen: s.append(grad_norm(t)))
+        trainer.fit()
+        norms[limit] = seen[0]
+    assert norms[0.0] > 1e-2 and norms[1e-3] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_evaluation_changes_nothing(make_trainer, tmp_path):
+    keys = {"max_steps": 4, "lora_dropout": 0.1, "val_size": 6}
+    quiet = make_trainer(**keys, eval_on_start=False, do_eval=False)
+    quiet.fit()
+    busy = make_trainer(**keys, eval_strategy="steps", eval_steps=1, output_dir=str(tmp_path / "busy"))
+    busy.fit()
+    torch.testing.assert_close(weights(busy), weights(quiet), rtol=0, atol=0)
+    assert [r["current_steps"] for r in busy.log.records if "eval_loss" in r] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("method", ["item", "tolist", "cpu", "__bool__", "__float__", "__int__"])
+def test_training_step_does_not_wait_for_the_device(make_trainer, monkeypatch, method):
+    """Reading a tensor's value waits. The model and AdamW's CPU step counters may; the loop may not."""
+    trainer, original, readers = make_trainer(max_steps=3), getattr(torch.Tensor, method), []
+    examples = trainer._examples(0)  # the order of an epoch is a CPU tensor
+    monkeypatch.setattr(trainer, "_examples", lambda step: examples)
+
+    def read(tensor):
+        readers.append(sys._getframe(1).f_code.co_filename)
+        return original(tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, method, read)
+        trainer.training_step()
+        assert not [path for path in readers if "fuselora" in path]
+        if method == "item":
+            trainer._check_finite()
+            assert [path for path in readers if path.endswith("trainer.py")], "the check sees no reads at all"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_loss_stops_and_keeps_the_last_good(make_trainer, bad):
+    trainer = make_trainer(max_steps=8, save_steps=2, logging_steps=4)
+    loss = trainer._loss
+    trainer._loss = lambda examples, tokens: loss(examples, tokens) * (bad if trainer.step >= 2 else 1)
+    with pytest.raises(UserError, match=r"step 3.*checkpoint-2"):
+        trainer.fit()
+    assert [p.name for p in trainer.output_dir.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_finishes_the_step_and_saves(make_trainer, number, capsys):
+    trainer = make_trainer(max_steps=8)
+    step = trainer.training_step
+
+    def interrupted():
+        if trainer.step == 2:
+            os.kill(os.getpid(), number)
+        step()
+
+    trainer.training_step = interrupted
+    before = signal.getsignal(number)
+    assert trainer.fit() == number
+    assert trainer.step == 3 and trainer.last_checkpoint.name == "checkpoint-3"
+    assert signal.getsignal(number) is before
+
+
+def test_log_and_progress(make_trainer, capsys):
+    trainer = make_trainer(max_steps=5, val_size=6)
+    trainer.fit()
+    records = [json.loads(line) for line in (trainer.output_dir / "trainer_log.jsonl").read_text().splitlines()]
+    assert [(r["current_steps"], "loss" in r) for r in records] == [
+        (0, False),
+        (2, True),
+        (4, True),
+        (5, True),
+        (5, False),
+    ]
+    assert records[-1]["eval_loss"] < records[0]["eval_loss"]
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("step 4/5", "tokens/s", "MiB", "ETA", "held-out loss")) and "\r" not in shown
+
+
+def test_bf16_keeps_adapters_in_fp32(make_trainer):
+    trainer = make_trainer(bf16=True, max_steps=2)
+    trainer.fit()
+    assert {p.dtype for p in trainer.trainable} == {torch.float32}
+    assert next(p for p in trainer.model.parameters() if not p.requires_grad).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_weights(make_trainer, reentrant):
+    plain = make_trainer(max_steps=2)
+    plain.fit()
+    keys = {"disable_gradient_checkpointing": False, "use_reentrant_gc": reentrant, "overwrite_output_dir": True}
+    saving = make_trainer(max_steps=2, **keys)
+    assert saving.model.base_model.model.is_gradient_checkpointing
+    saving.fit()
+    torch.testing.assert_close(weights(saving), weights(plain), rtol=0, atol=0)
+
+
+def grad_norm(trainer):
+    return torch.stack([p.grad.norm() for p in trainer.trainable if p.grad is not None]).norm().item()
