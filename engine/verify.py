@@ -10,16 +10,17 @@ Rounding differs between two correct programs, so equality can't be asked. The n
 close to the truth as stock is (``fuselora.kernels.numerics``). For the gradients of a whole model it is applied to
 relative errors:
 
-* each parameter, largest and rms error, with k = 2.5 (a gradient is a long reduction) against the larger of stock's error
-  there and of stock's rms error over all parameters;
+* each parameter, largest and rms error, with k = 2.5 (a gradient is a long reduction) against the larger of stock's
+  error there and of stock's rms error over all parameters;
 * all parameters together, with k = 1.5.
 
 Why so, from measurement. Between correct stock variants (fp32 or low-precision adapters, SDPA or eager attention,
 autocast), over 2,900 pairs of gradients, one parameter's rms error exceeded the other's by up to 2.8x, because stock
-happened to be lucky there, but the pooled yardstick by at most 1.7x; for the largest error, an extreme of the noise, 4.0x
-and 2.0x. Over 60 patched models of ten families in bf16 and fp32 the figures are 1.45x and 2.1x, 1.12x for all together. A
-pooled bf16 error is 1-2 %, so a systematic error of 4 % in the gradient of any single parameter fails, in fp32 2e-6. The
-loss, one number and a mean over tokens, may err by the rms error of stock's logits.
+happened to be lucky there, but the pooled yardstick by at most 1.7x; for the largest error, an extreme of the noise,
+4.0x and 2.0x. Over 60 tiny patched models of ten families in bf16 and fp32 the pooled figures are 1.45x and 2.1x, and
+1.12x for all parameters together. A pooled bf16 error is 1-2 %, so a systematic error of 4 % in the gradient of any
+single parameter fails, in fp32 2e-6. The loss, one number and a mean over tokens, may err by the rms error of stock's
+logits.
 
 Dropout is switched off in all three runs. Gradients, training flags and the random state are put back afterwards.
 """
@@ -62,7 +63,7 @@ class Row:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What ``verify`` found. ``rows`` are the gradients; ``pooled_*`` their rms relative errors over the whole model."""
+    """What ``verify`` found. ``rows`` are the gradients; ``pooled_*`` their rms relative errors over the model."""
 
     dtype: torch.dtype
     loss: Row
@@ -98,8 +99,9 @@ class VerifyResult:
         lines += [f"note: {note}" for note in self.notes]
         failed = sum(not row.ok for row in self.rows)
         lines.append(
-            f"verify: {'ok' if self.ok else 'FAILED'}: {len(self.rows)} gradients ({failed} out of bounds), loss, logits; "
-            f"error of all gradients {self.pooled_ours:.2e}, stock {self.pooled_stock:.2e} ({_name(self.dtype)})"
+            f"verify: {'ok' if self.ok else 'FAILED'}: {len(self.rows)} gradients ({failed} out of bounds), loss, "
+            f"logits; error of all gradients {self.pooled_ours:.2e}, stock {self.pooled_stock:.2e} "
+            f"({_name(self.dtype)})"
         )
         return "\n".join(lines)
 
@@ -178,7 +180,9 @@ def _judge(ours: _Run, stock: _Run, truth: _Run, dtype: torch.dtype, notes: list
     rows = [_gradient_row(name, pair, pools, dtype) for name, pair in errors.items()]
     zero = sum(row.zero for row in rows)
     if zero:
-        notes.append(f"{zero} gradients are zero in truth (lora_B is zero before training): nothing is shown about them")
+        notes.append(
+            f"{zero} gradients are zero in truth (lora_B is zero before training): nothing is shown about them"
+        )
     pooled_ours = _pooled([pair[1].ours / pair[1].scale for pair in live])
     return VerifyResult(dtype, loss_row, logits_row, tuple(broken + rows), pooled_ours, pools[1], tuple(notes))
 
@@ -199,7 +203,9 @@ def _gradient_row(name: str, pair: tuple[Error, Error], pools: list[float], dtyp
 
 def _row(name: str, largest: Error, typical: Error, ok: bool, reason: str = "") -> Row:
     top, mean = largest.scale or 1.0, typical.scale or 1.0
-    return Row(name, largest.ours / top, largest.stock / top, typical.ours / mean, typical.stock / mean, ok, False, reason)
+    return Row(
+        name, largest.ours / top, largest.stock / top, typical.ours / mean, typical.stock / mean, ok, False, reason
+    )
 
 
 def _pooled(errors: list[float]) -> float:
@@ -219,15 +225,17 @@ def _check_model(model: nn.Module) -> torch.device:
         raise ValueError(f"verify: model: expected a torch module, got {type(model).__name__}; pass the patched model")
     parameters = list(model.parameters())
     if not any(p.requires_grad for p in parameters):
-        raise ValueError("verify: model: expected trainable parameters, got none; add adapters or call it before freezing")
+        raise ValueError(
+            "verify: model: expected trainable parameters, got none; add adapters or call it before freezing"
+        )
     devices = {p.device for p in parameters}
     if len(devices) != 1 or parameters[0].is_meta:
         raise ValueError(f"verify: model: expected all parameters on one device, got {devices}; load it on one device")
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise ValueError(
-                f"verify: {name}: expected floating-point weights, got {parameter.dtype}; quantised weights have no fp64 "
-                "copy, so verify the same model loaded unquantised"
+                f"verify: {name}: expected floating-point weights, got {parameter.dtype}; quantised weights have no "
+                "fp64 copy, so verify the same model loaded unquantised"
             )
     _check_memory(parameters, parameters[0].device)
     return parameters[0].device
@@ -238,8 +246,8 @@ def _check_memory(parameters: list[nn.Parameter], device: torch.device) -> None:
     free = _free_bytes(device)
     if free is not None and needed > free:
         raise ValueError(
-            f"verify: model: expected {needed / 2**30:.1f} GiB free on {device} for the fp64 copy, got {free / 2**30:.1f}; "
-            "verify a model of the same config with fewer layers (num_hidden_layers=2)"
+            f"verify: model: expected {needed / 2**30:.1f} GiB free on {device} for the fp64 copy, got "
+            f"{free / 2**30:.1f}; verify a model of the same config with fewer layers (num_hidden_layers=2)"
         )
 
 
@@ -279,7 +287,7 @@ def _compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[list[str]]:
-    """Put dropout modules, and attention modules with a dropout rate of their own, into eval mode; yields what it did."""
+    """Put dropout modules, and attention modules with a dropout rate, into eval mode; yields what it did."""
     random = [m for m in model.modules() if m.training and _dropout_rate(m) > 0]
     notes = [f"dropout is off here ({len(random)} modules have a rate above zero)"] if random else []
     for module in random:

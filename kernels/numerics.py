@@ -20,7 +20,7 @@ K_ELEMENTWISE, K_REDUCTION = 1.5, 2.5
 
 @dataclass(frozen=True)
 class Error:
-    """One comparison, by one measure (``max`` or ``rms``): the errors of ours and of stock, and the size of the truth."""
+    """One comparison by one measure (``max`` or ``rms``): errors of ours and of stock, and the size of the truth."""
 
     kind: str
     ours: float

@@ -1,4 +1,4 @@
-"""verify(): passes correct models of any dtype, fails planted errors, leaves the model as it was, explains what it can't do."""
+"""verify(): passes correct models, fails planted errors, leaves the model as it was, explains what it can't do."""
 
 from __future__ import annotations
 

@@ -1,0 +1,149 @@
+"""The sides of a comparison: one random base model, wrapped by PEFT and optionally patched, compiled or under autocast.
+
+A side is named by what it is, with suffixes in any order::
+
+    peft            stock PEFT as users get it: adapters in fp32 (PEFT's default), SDPA attention
+    peft-bf16       the same with autocast_adapter_dtype=False: adapters in the dtype of the base model
+    peft-autocast   fp32 adapters and the step under torch.autocast, as the HF Trainer runs with bf16=True
+    peft-compile    torch.compile (inductor) of the stock model
+    fuselora[...]   the same model after fuselora.patch_model, same suffixes
+    fuselora/no-X   patched with one kind of fusion left out: what X is worth
+
+All sides of one process share the frozen tensors of the base model, so only the adapters exist once per side. Adapter
+values are the same on every side and representable in bf16, and ``lora_B`` is not zero, so that every gradient exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from fuselora.engine.patch import KINDS, patch_model
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TRAINED_B = 0.02  # a few hundred AdamW steps of 1e-4, each at most the rate, from zero
+SUFFIXES = ("bf16", "autocast", "compile")
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is done to the shared base model, and the name it is reported under."""
+
+    name: str
+    patched: bool = False
+    same_dtype: bool = False
+    autocast: bool = False
+    compiled: bool = False
+    disable: tuple[str, ...] = ()
+
+    def stock(self) -> Side:
+        """The unpatched twin, with the same adapter dtype and autocast."""
+        name = self.name.partition("/")[0].replace("fuselora", "peft")
+        return replace(self, name=name, patched=False, disable=())
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """The adapters: rank, alpha = 2 r as commonly used, on all linear layers except the head."""
+
+    rank: int = 16
+    dropout: float = 0.0
+
+
+def parse_side(name: str, same_dtype: bool = False) -> Side:
+    """Read a side's name; ``same_dtype`` gives every side adapters in the dtype of the base model."""
+    base, _, without = name.partition("/no-")
+    kind, *suffixes = base.split("-")
+    if kind not in ("peft", "fuselora") or any(s not in SUFFIXES for s in suffixes):
+        raise ValueError(
+            f"side: expected peft or fuselora with suffixes from {', '.join('-' + s for s in SUFFIXES)}, got {name!r}; "
+            "example: --baseline peft-bf16"
+        )
+    if without and without not in KINDS:
+        raise ValueError(
+            f"side: expected one of {', '.join(KINDS)} after /no-, got {without!r}; example: fuselora/no-loss"
+        )
+    return Side(
+        name,
+        patched=kind == "fuselora",
+        same_dtype=same_dtype or "bf16" in suffixes,
+        autocast="autocast" in suffixes,
+        compiled="compile" in suffixes,
+        disable=(without,) if without else (),
+    )
+
+
+def build_base(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, seed: int) -> nn.Module:
+    """The model with random weights by its own initialisation, SDPA attention where it has it, on ``device``."""
+    torch.manual_seed(seed)
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def share_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules around the very same parameters."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def build_side(base: nn.Module, side: Side, lora: LoraShape, *, checkpointing: bool, seed: int) -> nn.Module:
+    """Wrap a copy of ``base`` (frozen tensors shared) as the side says, in training mode."""
+    model = share_copy(base)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    adapters = LoraConfig(
+        r=lora.rank,
+        lora_alpha=2 * lora.rank,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, adapters, autocast_adapter_dtype=not side.same_dtype)
+    fill_adapters(model, seed)
+    model.train()
+    if side.patched:
+        model = patch(model, side)
+    return model
+
+
+def patch(model: nn.Module, side: Side) -> nn.Module:
+    """Apply the library under test. Tests replace this function to plant an error."""
+    return patch_model(model, disable=side.disable)
+
+
+def fill_adapters(model: nn.Module, seed: int) -> None:
+    """Random adapters, the same for every side: lora_A as PEFT draws it, lora_B as some hundred steps leave it."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            bound = TRAINED_B if "lora_B" in name else parameter.shape[-1] ** -0.5
+            values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            parameter.copy_(values.bfloat16())
+
+
+def autocast(side: Side, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The autocast region a side trains in, if any."""
+    return torch.autocast(device.type, torch.bfloat16) if side.autocast else contextlib.nullcontext()
+
+
+def random_batch(config: PreTrainedConfig, batch: int, seq: int, device: torch.device, seed: int) -> dict:
+    """Random tokens; the first quarter of every row is a prompt without targets, as in instruction tuning."""
+    generator = torch.Generator().manual_seed(seed + 2)
+    ids = torch.randint(0, config.vocab_size, (batch, seq), generator=generator)
+    labels = ids.clone()
+    labels[:, : seq // 4] = -100
+    return {"input_ids": ids.to(device), "labels": labels.to(device)}
+
+
+def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """Fused AdamW on the trainable parameters."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, fused=True)

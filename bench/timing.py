@@ -1,0 +1,143 @@
+"""Step times of several models in one process, interleaved so that a change of the machine's speed meets all alike.
+
+A step is forward with labels, backward, fused AdamW on the adapters, ``zero_grad(set_to_none=True)``. Each round runs
+every side once, in turn forwards and backwards (A B, B A, ...); the ratio of two sides is taken within a round, and its
+confidence interval by resampling rounds.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import models
+import torch
+from models import Side
+from torch import nn
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step and of its parts."""
+
+    total: float
+    forward: float
+    backward: float
+    optimizer: float
+
+
+class Trainer:
+    """One side, ready to step."""
+
+    def __init__(self, model: nn.Module, side: Side, batch: dict[str, torch.Tensor]) -> None:
+        self.model, self.side, self.batch = model, side, batch
+        self.device = batch["labels"].device
+        self.optimizer = models.adamw(model, 1e-5)
+        if side.compiled:
+            model.compile()
+
+    def step(self) -> StepTime:
+        clock = CudaClock() if self.device.type == "cuda" else Clock()
+        clock.mark()
+        with models.autocast(self.side, self.device):
+            loss = self.model(**self.batch).loss
+        clock.mark()
+        loss.backward()
+        clock.mark()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        clock.mark()
+        return clock.read()
+
+
+class Clock:
+    """Wall time between marks."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def mark(self) -> None:
+        self.marks.append(time.perf_counter())
+
+    def read(self) -> StepTime:
+        start, forward, backward, end = self.marks
+        return StepTime(end - start, forward - start, backward - forward, end - backward)
+
+
+class CudaClock(Clock):
+    """Total in wall time between synchronisations; the parts by events, which do not hold up the launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.cuda.synchronize()
+        self.start = time.perf_counter()
+        self.events: list[torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.events.append(event)
+
+    def read(self) -> StepTime:
+        torch.cuda.synchronize()
+        total = time.perf_counter() - self.start
+        parts = [a.elapsed_time(b) / 1e3 for a, b in zip(self.events[:-1], self.events[1:], strict=True)]
+        return StepTime(total, *parts)
+
+
+def warm_up(trainer: Trainer, steps: int) -> list[float]:
+    """Seconds of the first steps; the first holds compilation and first-use costs."""
+    return [trainer.step().total for _ in range(steps)]
+
+
+def interleave(trainers: Sequence[Trainer], rounds: int) -> list[list[StepTime]]:
+    """``rounds`` step times per trainer; element [i][j] is trainer i in round j."""
+    times: list[list[StepTime]] = [[] for _ in trainers]
+    order = list(range(len(trainers)))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for i in order:
+                times[i].append(trainers[i].step())
+            order.reverse()
+    finally:
+        gc.enable()
+    return times
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """Linear interpolation between order statistics."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def summary(times: Sequence[StepTime]) -> dict[str, float]:
+    """Median and spread of the total, medians of the parts, in seconds."""
+    totals = [t.total for t in times]
+    return {
+        "median": statistics.median(totals),
+        "p5": quantile(totals, 0.05),
+        "p95": quantile(totals, 0.95),
+        "forward": statistics.median(t.forward for t in times),
+        "backward": statistics.median(t.backward for t in times),
+        "optimizer": statistics.median(t.optimizer for t in times),
+        "rounds": len(totals),
+    }
+
+
+def speed_up(baseline: Sequence[StepTime], candidate: Sequence[StepTime]) -> dict[str, float]:
+    """Median over rounds of baseline / candidate with its 95 % bootstrap interval; above 1 the candidate is faster."""
+    ratios = [b.total / c.total for b, c in zip(baseline, candidate, strict=True)]
+    draw = random.Random(0)
+    medians = [statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES)]
+    return {"median": statistics.median(ratios), "low": quantile(medians, 0.025), "high": quantile(medians, 0.975)}

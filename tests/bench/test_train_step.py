@@ -1,0 +1,151 @@
+"""bench/train_step.py end to end on the tiny preset: the record it writes; without parity nothing is measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+SCRIPTS = ("memory", "models", "parity", "presets", "report", "timing", "train_step")
+QUICK = ["--preset", "tiny", "--rounds", "3", "--warmup", "1", "--baseline", "peft"]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The scripts by name, imported as ``python bench/train_step.py`` would: from their own folder."""
+    sys.path.insert(0, str(BENCH))
+    try:
+        yield {name: importlib.import_module(name) for name in SCRIPTS}
+    finally:
+        sys.path.remove(str(BENCH))
+        for name in SCRIPTS:
+            sys.modules.pop(name, None)
+
+
+def test_tiny_preset_end_to_end(bench, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    assert bench["train_step"].main([*QUICK, "--no-memory", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["schema"] == bench["report"].SCHEMA
+    assert {"command", "git", "cpu", "threads", "packages", "allocator", "date"} <= record["environment"].keys()
+    (run,) = record["runs"]
+    assert [gate["ok"] for gate in run["parity"]] == [True]
+    assert run["parity"][0]["gradients"] == 28 and len(run["parity"][0]["curve"]["ours"]) == 20
+    assert any(statuses.get("fused") for statuses in run["patched"].values())
+    assert [side["name"] for side in run["sides"]] == ["peft", "fuselora"]
+    for side in run["sides"]:
+        step = side["step_s"]
+        assert len(side["steps_s"]) == step["rounds"] == 3
+        assert 0 < step["p5"] <= step["median"] <= step["p95"]
+        assert side["tokens_per_s"] == pytest.approx(2 * 24 / step["median"])
+    (pair,) = run["comparisons"]
+    assert pair["speed_up"]["low"] <= pair["speed_up"]["median"] <= pair["speed_up"]["high"]
+    assert "fuselora against peft:" in capsys.readouterr().out
+
+
+def test_memory_of_a_side_in_its_own_process(bench):
+    used = bench["memory"].measure(["--preset", "tiny", "--seq", "128", "--device", "cpu"], "fuselora")
+    assert used["peak"] - used["model"] == used["above"] > 0
+    assert 0 < used["weights"] < used["model"]
+    assert used["meter"].startswith("VmHWM")
+
+
+def test_peak_meter_sees_what_was_freed_again(bench):
+    meter = bench["memory"].PeakMeter(torch.device("cpu"))
+    meter.start()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    del block
+    assert 60 << 20 < meter.record()["above"] < 160 << 20
+
+
+def test_wrong_gradient_stops_before_any_figure(bench, tmp_path, capsys, monkeypatch):
+    def plant(model, side):
+        next(p for name, p in model.named_parameters() if "v_proj.lora_A" in name).register_hook(
+            lambda grad: grad * 1.1
+        )
+        return model
+
+    monkeypatch.setattr(bench["models"], "patch", plant)
+    path = tmp_path / "out.json"
+    assert bench["train_step"].main([*QUICK, "--no-memory", "--json", str(path)]) == 1
+    (run,) = json.loads(path.read_text())["runs"]
+    assert not run["parity"][0]["ok"] and "sides" not in run and "comparisons" not in run
+    printed = capsys.readouterr()
+    assert "v_proj.lora_A" in printed.out and "parity of fuselora: FAILED" in printed.out
+    assert "tokens/s" not in printed.out and "no parity, no figures" in printed.err
+
+
+def test_wrong_learning_is_caught_where_gradients_are_right(bench):
+    losses = tuple(5.0 - 0.02 * step for step in range(20))
+    result = type("Ok", (), {"ok": True, "rows": (1,), "zero_gradients": 0})()
+    gate = bench["parity"].Gate
+    assert gate("fuselora", result, losses, losses, losses, bound=0.01).ok
+    drifting = tuple(loss + 0.002 * step for step, loss in enumerate(losses))
+    (problem,) = gate("fuselora", result, drifting, losses, losses, bound=0.01).problems
+    assert "losses of 20 steps" in problem
+    (problem,) = gate("fuselora", result, losses, losses, losses, bound=0.1).problems
+    assert "loss fell by" in problem
+
+
+def test_zero_gradients_stop_the_gate(bench):
+    losses = tuple(5.0 - 0.02 * step for step in range(20))
+    result = type("Zero", (), {"ok": True, "rows": (1, 1), "zero_gradients": 1})()
+    (problem,) = bench["parity"].Gate("fuselora", result, losses, losses, losses, bound=0.01).problems
+    assert "1 of 2 adapter gradients are zero" in problem
+
+
+def test_sides_share_frozen_tensors_and_start_alike(bench):
+    models = bench["models"]
+    config, _, _ = bench["presets"].load_config("tiny", None)
+    base = models.build_base(config, torch.bfloat16, torch.device("cpu"), 0)
+    sides = [models.parse_side(name) for name in ("peft", "peft-bf16", "fuselora/no-loss")]
+    built = [models.build_side(base, side, models.LoraShape(), checkpointing=False, seed=0) for side in sides]
+    stock, low, ours = (dict(model.named_parameters()) for model in built)
+    assert sides[2].disable == ("loss",) and sides[2].stock().name == "peft"
+    for name, p in stock.items():
+        if p.requires_grad:
+            assert p is not ours[name] and torch.equal(p, ours[name]) and p.abs().min() < p.abs().max()
+            assert (p.dtype, low[name].dtype) == (torch.float32, torch.bfloat16) and torch.equal(p, low[name].float())
+        else:
+            assert p is ours[name] and p is low[name]
+
+
+def test_paired_ratio_and_order(bench):
+    timing = bench["timing"]
+    times = [timing.StepTime(total, 0.0, 0.0, 0.0) for total in (2.0, 4.0, 6.0)]
+    halves = [timing.StepTime(t.total / 2, 0.0, 0.0, 0.0) for t in times]
+    assert timing.speed_up(times, halves) == {"median": 2.0, "low": 2.0, "high": 2.0}
+    order = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def step(self):
+            order.append(self.name)
+            return times[0]
+
+    timing.interleave([Recorder("a"), Recorder("b")], 2)
+    assert order == ["a", "b", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--baseline", "liger"], "side: expected peft or fuselora"),
+        (["--config", "nowhere.json"], "--config: expected a Hugging Face config.json, got 'nowhere.json'"),
+        (["--dropout", "1"], "--dropout: expected 0 <= p < 1, got 1.0"),
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (["--candidate", "fuselora/no-lunch"], "side: expected one of"),
+    ],
+)
+def test_bad_arguments_exit_with_2_and_one_line(bench, capsys, arguments, said):
+    with pytest.raises(SystemExit) as stop:
+        bench["train_step"].main(arguments)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and said in err and err.count("\n") == 1
