@@ -1,8 +1,8 @@
 """Build hook: compiles csrc/ with CMake into python/fuselora/_lib before the Python files are collected.
 
-Everything else about the package is in pyproject.toml. The library has a plain C ABI and links neither Python nor torch,
-so one wheel per platform serves every Python and torch version. Without a C++ compiler the install still succeeds: the
-ops run on their reference and ``fuselora env`` says so. FUSELORA_SKIP_NATIVE=1 skips the build.
+Everything else about the package is in pyproject.toml. The library has a plain C ABI and links neither Python nor
+torch, so one wheel per platform serves every Python and torch version. Without a C++ compiler the install still
+succeeds: the ops run on their reference and ``fuselora env`` says so. FUSELORA_SKIP_NATIVE=1 skips the build.
 """
 
 import os

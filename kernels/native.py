@@ -1,7 +1,7 @@
 """The native library: loaded on first use, called through one table of ctypes signatures.
 
-``csrc/include/fuselora.h`` is the contract. CMake puts the library into ``fuselora/_lib``; it links libgomp by its plain
-name, so loaded after torch it shares torch's OpenMP runtime and thread pool.
+``csrc/include/fuselora.h`` is the contract. CMake puts the library into ``fuselora/_lib``; it links libgomp by its
+plain name, so loaded after torch it shares torch's OpenMP runtime and thread pool.
 
 Without the library everything imports and runs: ``reason()`` says what is missing and how to get it, the ops stay on
 their references, and only a direct call raises. FUSELORA_CPU_ISA=scalar|avx2|avx512 forces an instruction set; one that
@@ -25,6 +25,7 @@ LIBRARY = Path(__file__).parent.parent / "_lib" / "libfuselora_cpu.so"
 
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NORM_MODE = {"llama": 0, "gemma": 1, "none": 2}
+ACTIVATION = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 # name: (result, arguments), in the header's order. Functions that return a status are called through ``call``.
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -56,6 +57,25 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (
             *(c_void_p, c_void_p, c_int64, c_int32),  # y, x, n, dtype
             *(c_uint64, c_uint32, c_float, c_int32),  # seed, threshold, scale, threads
+        ),
+    ),
+    "fuselora_glu": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p, c_void_p),  # h, gate, up
+            *(c_int64, c_int64),  # rows, cols
+            *(c_int64, c_int64),  # gate_stride, up_stride
+            *(c_int32, c_int32, c_int32),  # dtype, act, threads
+        ),
+    ),
+    "fuselora_glu_bwd": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p, c_void_p),  # dgate, dup, h
+            *(c_void_p, c_void_p, c_void_p),  # dh, gate, up
+            *(c_int64, c_int64),  # rows, cols
+            *(c_int64, c_int64, c_int64, c_int64),  # d_stride, dh_stride, gate_stride, up_stride
+            *(c_int32, c_int32, c_int32),  # dtype, act, threads
         ),
     ),
     "fuselora_philox": (None, (POINTER(c_uint32), POINTER(c_uint32), POINTER(c_uint32))),  # out, counter, key

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fuselora import functional
     from fuselora.engine.patch import PatchReport, patch_model, patch_report, unpatch_model
     from fuselora.engine.verify import verify
-    from fuselora.env import env
+    from fuselora.environment import env
 
 _HOMES = {
     "PatchReport": "fuselora.engine.patch",
@@ -25,7 +25,7 @@ _HOMES = {
     "patch_report": "fuselora.engine.patch",
     "unpatch_model": "fuselora.engine.patch",
     "verify": "fuselora.engine.verify",
-    "env": "fuselora.env",
+    "env": "fuselora.environment",
 }
 
 __all__ = ["PatchReport", "__version__", "env", "functional", "patch_model", "patch_report", "unpatch_model", "verify"]
