@@ -3,10 +3,11 @@
     hub/models--ORG--NAME/refs/main            the commit id (here: SHA-1 of the repository id)
     hub/models--ORG--NAME/snapshots/<id>/...   config, weights, tokenizer
 
-`huggingface_hub` resolves an id from exactly this layout when `HF_HUB_OFFLINE=1` and `HF_HOME` points at the folder. The
-ids are the ones PEFT's tests ask for; the models are built here from configs with random weights, about 50k parameters
-each, so nothing is downloaded and no foreign code runs. Numbers in the configs that look arbitrary are ones a test counts
-on: five Bloom layers, 24 targeted projections in "opt-125m", a key projection of Llama wider than the rank 20 of a merge.
+`huggingface_hub` resolves an id from exactly this layout when `HF_HUB_OFFLINE=1` and `HF_HOME` points at the folder.
+The ids are the ones PEFT's tests ask for; the models are built here from configs with random weights, about 50k
+parameters each, so nothing is downloaded and no foreign code runs. Numbers in the configs that look arbitrary are ones
+that a test counts on: five Bloom layers, 24 targeted projections in "opt-125m", a key projection of Llama wider than the
+rank 20 of a merge.
 """
 
 from __future__ import annotations
@@ -110,10 +111,12 @@ def models() -> Iterator[tuple[tuple[str, ...], Callable[[], torch.nn.Module]]]:
     yield (peft + "tiny-random-OPTForCausalLM",), lambda: opt(layers=5)
     yield (peft + "opt-125m",), lambda: opt(layers=12)
     yield (peft + "tiny-OPTForCausalLM-lora",), opt_with_lora
-    yield (peft + "tiny-random-GPTJForCausalLM",), lambda: build("GPTJConfig", {**GPT2, "rotary_dim": 4}, "GPTJForCausalLM")
+    gptj = {**GPT2, "rotary_dim": 4}
+    yield (peft + "tiny-random-GPTJForCausalLM",), lambda: build("GPTJConfig", gptj, "GPTJForCausalLM")
     yield (peft + "tiny-random-GPTNeoXForCausalLM",), lambda: build("GPTNeoXConfig", ENCODER, "GPTNeoXForCausalLM")
     yield (peft + "tiny-dummy-qwen2",), lambda: build("Qwen2Config", LLAMA_LIKE, "Qwen2ForCausalLM")
-    yield (trl + "tiny-Qwen3ForCausalLM",), lambda: build("Qwen3Config", {**LLAMA_LIKE, "head_dim": 8}, "Qwen3ForCausalLM")
+    qwen3 = {**LLAMA_LIKE, "head_dim": 8}
+    yield (trl + "tiny-Qwen3ForCausalLM",), lambda: build("Qwen3Config", qwen3, "Qwen3ForCausalLM")
     yield (hf + "tiny-random-MistralForCausalLM",), lambda: build("MistralConfig", LLAMA_LIKE, "MistralForCausalLM")
     yield (hf + "tiny-random-Gemma3ForCausalLM",), gemma3
     yield (trl + "tiny-Llama4ForCausalLM",), llama4

@@ -1,7 +1,8 @@
 """transformers' `ModelTesterMixin` and its overfit test on tiny models of the families that patch_model fuses.
 
-Copied into the unpacked source distribution as `tests/test_families.py` by run_transformers.py, because the mixin imports
-its neighbours relatively. Sizes are not powers of two, heads are grouped, and two layers suffice for what the mixin checks.
+Copied into the unpacked source distribution as `tests/test_families.py` by run_transformers.py, because the mixin
+imports its neighbours relatively. Sizes are not powers of two, heads are grouped, and two layers suffice for what the
+mixin checks.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ CONFIG = {"Gemma3": "Gemma3TextConfig"}
 BASE = {"Gemma3": "Gemma3TextModel"}
 
 
-class Tester:
+class FamilyTester:
     """What the mixin asks of a model tester: sizes as attributes, a config, a config with inputs."""
 
     is_training = True
@@ -73,12 +74,10 @@ class Tester:
 
 def case(family: str) -> type[unittest.TestCase]:
     """The test class of one family."""
-    tester = Tester(family)
+    tester = FamilyTester(family)
     body = {"model_tester": tester, "all_model_classes": (tester.base_model_class, tester.causal_lm_class)}
     return type(f"{family}Test", (ModelTesterMixin, TrainingTesterMixin, unittest.TestCase), body)
 
 
 for _family in FAMILIES:
     globals()[f"{_family}Test"] = case(_family)
-# pytest collects every TestCase it finds by name; the mixins on their own are not one.
-del ModelTesterMixin, TrainingTesterMixin

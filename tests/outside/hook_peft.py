@@ -1,4 +1,4 @@
-"""pytest plugin for PEFT's suite: keeps it offline, selects the LoRA cases, and patches every model the suite builds."""
+"""pytest plugin for PEFT's suite: keeps it offline, selects the LoRA cases, patches every model the suite builds."""
 
 from __future__ import annotations
 

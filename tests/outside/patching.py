@@ -1,9 +1,9 @@
 """Patch every model that somebody else's tests build, count the fused calls, and plant bugs on request. Tests only.
 
-fuselora itself never edits a class. Foreign tests build hundreds of models in their own ways, so here, in the test process,
-the constructors are wrapped instead: whatever PEFT or transformers finishes building is given to `patch_model`, once, at
-the end of the outermost call, as a user would do. PEFT's `add_adapter` and `load_adapter` create further LoRA layers and
-are followed by another `patch_model`.
+fuselora itself never edits a class. Foreign tests build hundreds of models in their own ways, so here, in the test
+process, the constructors are wrapped instead: whatever PEFT or transformers finishes building goes to `patch_model`, once,
+at the end of the outermost call, as a user would do it. PEFT's `add_adapter` and `load_adapter` create further LoRA
+layers and are followed by another `patch_model`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from plugin import COUNTERS
 from torch import nn
 
 from fuselora.engine.patch import patch_model
+from fuselora.kernels.registry import FUNCTIONS
 
 _inside = threading.local()
 
@@ -86,17 +87,18 @@ def engine_references() -> Iterator[tuple[types.ModuleType, str, Callable[..., A
 
 
 def count_calls(prefix: str) -> None:
-    """Count the engine's calls of kernel functions by name, and as "fused" those whose name starts with `prefix`."""
+    """Count the engine's calls of public kernel functions named `prefix`...: each under its name, all as "fused"."""
+    public = {*FUNCTIONS, "lora_linear"}  # lora_linear is lora_linears of one projection
     for module, name, function in engine_references():
-        if function.__module__.startswith("fuselora.kernels."):
-            setattr(module, name, counted(function, "fused" if name.startswith(prefix) else "other"))
+        if name in public and name.startswith(prefix):
+            setattr(module, name, counted(function))
 
 
-def counted(function: Callable[..., Any], group: str) -> Callable[..., Any]:
+def counted(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            COUNTERS[group] += 1
+            COUNTERS["fused"] += 1
             COUNTERS[function.__name__] += 1
         return function(*args, **kwargs)
 

@@ -1,7 +1,7 @@
 """pytest plugin for runs of outside suites: records one outcome per test id, and runs a chosen list of tests.
 
-Loaded by `-p plugin`, in the controller and in every xdist worker; only the controller writes the file. The hook module of a
-suite adds counters by filling `COUNTERS` in the process where the tests run.
+Loaded by `-p plugin`, in the controller and in every xdist worker; only the controller writes the file. The hook module
+of a suite adds counters by filling `COUNTERS` in the process where the tests run.
 """
 
 from __future__ import annotations

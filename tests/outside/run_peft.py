@@ -1,11 +1,10 @@
-"""`make test-peft`: PEFT's own test suite, every model it builds patched, judged against the same suite on stock PEFT."""
+"""`make test-peft`: PEFT's own test suite, every model it builds patched, judged against the suite on stock PEFT."""
 
 from __future__ import annotations
 
+import transformers
 from fakehub import build_hub
 from suites import CACHE, Suite, arguments, judge, unpack
-
-import transformers
 
 FILES = (
     "test_custom_models",

@@ -1,9 +1,10 @@
 """Run somebody else's test suite twice, stock and patched, and compare the two runs test by test.
 
-The suite comes from the source distribution of the *installed* version (pip verifies the download; `unpack` also checks that
-its package sources are byte for byte the installed ones), lives under `build/outside/` and is never committed. The rule is one
-line: a test that passes on the stock libraries must pass when every model it builds is patched. Absolute pass counts are
-not judged, so tests that fail stock (they want real checkpoints, a GPU, a network) need no list of exceptions.
+The suite comes from the source distribution of the *installed* version (pip verifies the download; `unpack` also checks
+that its package sources are byte for byte the installed ones), lives under `build/outside/` and is never committed. The
+rule is one line: a test that passes on the stock libraries must pass when every model it builds is patched. Absolute
+pass counts are not judged, so tests that fail stock (they want real checkpoints, a GPU, a network) need no list of
+exceptions.
 
 Outcomes are recorded per test id by `plugin.py`, which every run loads with `-p plugin`.
 """
@@ -29,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
 CACHE = REPO / "build" / "outside"
 RERUN_AT_MOST = 60  # a difference is confirmed by a rerun on its own; beyond this many, load is not the explanation
+TESTS_SHOWN = 8
 
 
 def unpack(package: str) -> Path:
@@ -40,13 +42,13 @@ def unpack(package: str) -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", package, "--dest", CACHE]
     if subprocess.run([*map(str, command), f"{package}=={version}"]).returncode != 0:
-        raise SystemExit(f"pip could not download the source distribution of {package} {version}: a package index is needed")
+        raise SystemExit(f"pip could not download the sources of {package} {version}: a package index is needed")
     archive = CACHE / f"{package}-{version}.tar.gz"
     with tarfile.open(archive) as tar:
         tar.extractall(CACHE, filter="data")
     differing = differing_sources(folder / "src" / package, package)
     if differing:
-        raise SystemExit(f"{archive.name} is not the installed {package} {version}: {differing[0]} differs; reinstall {package}")
+        raise SystemExit(f"{archive.name} is not the installed {package}: {differing[0]} differs; reinstall {package}")
     (folder / "verified").touch()
     return folder
 
@@ -96,21 +98,20 @@ class Suite:
     workers: int = 2
 
     def key(self) -> str:
-        """What the stock outcome depends on: library versions, Python, the selection, and the harness files behind it."""
+        """What the stock outcome depends on: versions of libraries and Python, the selection, the harness behind it."""
         digest = hashlib.sha256(json.dumps([self.targets, sorted(self.environment.items())]).encode())
         for source in self.harness:
             digest.update((HERE / source).read_bytes())
         versions = "-".join(f"{package}{importlib.metadata.version(package)}" for package in self.packages)
         return f"{self.name}-{versions}-py{platform.python_version()}-{digest.hexdigest()[:12]}"
 
-    def run(
-        self, patched: bool, only: Sequence[str] = (), mutate: str | None = None, verbose: bool = False
-    ) -> Run:
+    def run(self, patched: bool, only: Sequence[str] = (), mutate: str | None = None, verbose: bool = False) -> Run:
         """One pytest session; `only` restricts it to these test ids, run one after the other in one process."""
         results = CACHE / f"{self.name}-{os.getpid()}.json"
         selection = CACHE / f"{self.name}-{os.getpid()}-only.json"
         command = [sys.executable, "-m", "pytest", "-p", "plugin", "-p", self.hook, "-p", "no:cacheprovider"]
-        command += ["-o", "addopts=", "-o", "filterwarnings=default", "-p", "no:benchmark", "--outside-results", str(results)]
+        command += ["-p", "no:benchmark", "-o", "addopts=", "-o", "filterwarnings=default"]
+        command += ["--outside-results", str(results)]
         command += ["--patched"] if patched else []
         command += ["--mutate", mutate] if mutate else []
         if only:
@@ -123,13 +124,13 @@ class Suite:
         environment = {**os.environ, **self.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(search)}
         start = time.monotonic()
         log = None if verbose else (CACHE / f"{self.name}-{'patched' if patched else 'stock'}.log").open("w")
-        code = subprocess.run(command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+        done = subprocess.run(command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        recorded = json.loads(results.read_text()) if results.exists() else None
+        results.unlink(missing_ok=True)
         selection.unlink(missing_ok=True)
-        if code not in (0, 1) or not results.exists():
+        if done.returncode not in (0, 1) or recorded is None:
             where = "" if log is None else f", see {log.name}"
-            raise SystemExit(f"pytest on {self.folder.name} ended with status {code}{where}")
-        recorded = json.loads(results.read_text())
-        results.unlink()
+            raise SystemExit(f"pytest on {self.folder.name} ended with status {done.returncode}{where}")
         return Run(**recorded, seconds=time.monotonic() - start)
 
     def stock(self, fresh: bool) -> Run:
@@ -148,12 +149,26 @@ def differences(stock: Run, patched: Run) -> list[str]:
 
 
 def confirm(suite: Suite, candidates: list[str], mutate: str | None) -> tuple[list[str], list[str], Run]:
-    """Rerun differences alone: (regressions, tests that are not reproducible or now fail stock too, the patched rerun)."""
+    """Rerun differences alone: (regressions, tests that agree now or fail stock too, the patched rerun)."""
     patched = suite.run(patched=True, only=candidates, mutate=mutate)
     still = [test for test in candidates if patched.outcomes.get(test) != "passed"]
     stock = suite.run(patched=False, only=still) if still else Run({})
     regressions = [test for test in still if stock.outcomes.get(test) == "passed"]
     return regressions, [test for test in candidates if test not in regressions], patched
+
+
+def print_regressions(regressions: list[str], patched: Run) -> None:
+    """One block per distinct message, so that one cause behind many tests reads as one."""
+    causes: dict[str, list[str]] = {}
+    for test in regressions:
+        cause = f"{patched.outcomes.get(test, 'did not run')}: {patched.messages.get(test, '')}"
+        causes.setdefault(cause, []).append(test)
+    for cause, tests in sorted(causes.items(), key=lambda item: -len(item[1])):
+        print(f"{len(tests)} regressed, {cause}")
+        for test in tests[:TESTS_SHOWN]:
+            print(f"    {test}")
+        if len(tests) > TESTS_SHOWN:
+            print(f"    and {len(tests) - TESTS_SHOWN} more")
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -183,8 +198,7 @@ def judge(suite: Suite, args: argparse.Namespace, passes_at_least: int, fused_at
         patched.messages.update(rerun.messages)
     for test in unstable:
         print(f"unstable    {test}: {patched.messages.get(test, '')}")
-    for test in regressions:
-        print(f"regression  {test}: {patched.outcomes.get(test, 'did not run')}: {patched.messages.get(test, '')}")
+    print_regressions(regressions, patched)
     for test in sorted(patched.passed() - stock.passed()):
         print(f"only patched passes: {test}")
     print(
@@ -196,6 +210,6 @@ def judge(suite: Suite, args: argparse.Namespace, passes_at_least: int, fused_at
         return 0 if regressions else 1
     fused = patched.counters.get("fused", 0)
     if fused < fused_at_least:
-        print(f"{suite.name}: {fused} fused forwards, expected at least {fused_at_least}: the fused path was not judged")
+        print(f"{suite.name}: {fused} fused calls, expected at least {fused_at_least}: the fused path was not judged")
         return 1
     return 1 if regressions else 0
