@@ -102,6 +102,8 @@ def _plan(model: nn.Module) -> list[tuple[nn.Module, type[Fused]]]:
 def _has_causal_lm_loss(module: nn.Module) -> bool:
     if not isinstance(module, PreTrainedModel) or getattr(module, "loss_type", None) is None:
         return False
+    if type(module).loss_function is not PreTrainedModel.loss_function:  # the class has its own rule for the loss
+        return False
     return module.loss_function is ForCausalLMLoss and isinstance(module.get_output_embeddings(), nn.Module)
 
 

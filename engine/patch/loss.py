@@ -17,14 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fuselora.engine.patch.state import bypass_reason, dtype_reason, tensor_reason
 from fuselora.engine.patch.swap import Fused, decline, is_fused
+from fuselora.kernels.cross_entropy import cross_entropy
 from fuselora.kernels.linear_cross_entropy import linear_cross_entropy
 from fuselora.kernels.lora import compute_dtype
 
 _LABELS_GIVEN: ContextVar[bool] = ContextVar("fuselora_labels_given", default=False)
+
+STOCK_LOSS = PreTrainedModel.loss_function.fget  # the getter as a plain function, which torch.compile can trace
 
 RECORDED = (  # operations with one tensor and scalars: recorded, not run
     Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide,
@@ -147,7 +151,7 @@ class FusedHead(Fused):
         return bypass_reason(self) or tensor_reason(self.weight) or tensor_reason(self.bias)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not _LABELS_GIVEN.get():
+        if torch.compiler.is_compiling() or not _LABELS_GIVEN.get():
             return super().forward(x)
         reason = self.fused_state() or dtype_reason(x, self.weight)
         if reason:
@@ -163,22 +167,20 @@ class FusedCausalLM(Fused):
     ops = ("linear_cross_entropy",)
 
     def fused_state(self: Any) -> str | None:
-        if self.loss_function_of_stock() is not ForCausalLMLoss:
-            return f"its loss is {getattr(self.loss_function_of_stock(), '__name__', 'custom')}"
+        stock = STOCK_LOSS(self)
+        if stock is not ForCausalLMLoss:
+            return f"its loss is {getattr(stock, '__name__', 'custom')}"
         heads = [m for m in _linears(self.get_output_embeddings()) if is_fused(m)]
         return None if heads else f"its head is {type(self.get_output_embeddings()).__name__}"
 
-    def loss_function_of_stock(self: Any) -> Callable[..., Tensor]:
-        return super().loss_function
-
     @property
     def loss_function(self: Any) -> Callable[..., Tensor]:
-        stock = self.loss_function_of_stock()
+        stock = STOCK_LOSS(self)
         return functools.partial(_causal_lm_loss, self) if stock is ForCausalLMLoss else stock
 
     @loss_function.setter
     def loss_function(self: Any, value: Callable[..., Tensor]) -> None:
-        self._fuselora_stock.loss_function.fset(self, value)
+        PreTrainedModel.loss_function.fset(self, value)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not _has_labels(self, args, kwargs):
@@ -215,24 +217,30 @@ def _causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """transformers' ForCausalLMLoss: token t predicts label t + 1, mean over trained tokens or sum / num_items_in_batch."""
-    options = scale_and_softcap(logits) if isinstance(logits, LazyLogits) and logits.value is None else None
-    if options is None or logits.shape[-1] != vocab_size:
-        if isinstance(logits, LazyLogits):
-            decline(model, "the model computes more than scaling and soft-capping between head and loss")
-            logits = logits.compute()
+    """transformers' ForCausalLMLoss: token t predicts label t + 1, mean over trained tokens or sum / num_items_in_batch.
+
+    Real logits (under torch.compile, from a LoRA head, or after operations that are not scaling and soft-capping) get the row
+    kernel; its loss and gradient need no fp32 copy of the logits either.
+    """
+    if logits.shape[-1] != vocab_size:
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    shift_labels = shift_labels.to(logits.device).reshape(logits.shape[:-1])
+    options = scale_and_softcap(logits) if isinstance(logits, LazyLogits) and logits.value is None else None
+    if options is None:
+        real = logits.compute() if isinstance(logits, LazyLogits) else logits
+        if num_items_in_batch is None:
+            return cross_entropy(real, shift_labels, ignore_index=ignore_index)
+        return cross_entropy(real, shift_labels, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
     scale, softcap = options
     return linear_cross_entropy(
         logits.hidden,
         logits.weight,
-        shift_labels.to(logits.hidden.device),
+        shift_labels,
         bias=logits.bias,
         ignore_index=ignore_index,
         softcap=softcap,
         logit_scale=scale,
-        reduction="mean",
         num_items=num_items_in_batch,
     )
