@@ -6,8 +6,10 @@
 `huggingface_hub` resolves an id from exactly this layout when `HF_HUB_OFFLINE=1` and `HF_HOME` points at the folder.
 The ids are the ones PEFT's tests ask for; the models are built here from configs with random weights, about 50k
 parameters each, so nothing is downloaded and no foreign code runs. Numbers in the configs that look arbitrary are ones
-that a test counts on: five Bloom layers, 24 targeted projections in "opt-125m", a key projection of Llama wider than the
-rank 20 of a merge.
+that a test counts on: five Bloom layers, 24 targeted projections in "opt-125m", a key projection of Llama wider than
+the rank 20 of a merge.
+
+Run it as a program, with `HF_HUB_OFFLINE=1`: saving PEFT's adapter would look its base model up on the hub.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Patch every model that somebody else's tests build, count the fused calls, and plant bugs on request. Tests only.
 
 fuselora itself never edits a class. Foreign tests build hundreds of models in their own ways, so here, in the test
-process, the constructors are wrapped instead: whatever PEFT or transformers finishes building goes to `patch_model`, once,
-at the end of the outermost call, as a user would do it. PEFT's `add_adapter` and `load_adapter` create further LoRA
-layers and are followed by another `patch_model`.
+process, the constructors are wrapped instead: whatever PEFT or transformers finishes building goes to `patch_model`,
+once, at the end of the outermost call, as a user would do it. PEFT's `add_adapter` and `load_adapter` create further
+LoRA layers and are followed by another `patch_model`.
 """
 
 from __future__ import annotations

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import transformers
-from fakehub import build_hub
-from suites import CACHE, Suite, arguments, judge, unpack
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+from suites import CACHE, HERE, Suite, arguments, judge, unpack
 
 FILES = (
     "test_custom_models",
@@ -21,13 +24,16 @@ FILES = (
 def peft_suite() -> Suite:
     folder = unpack("peft")
     (folder / "tests" / "__init__.py").touch()
-    home = build_hub(CACHE / f"hub-transformers-{transformers.__version__}")
+    home = CACHE / f"hub-transformers-{importlib.metadata.version('transformers')}"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home)}
+    builder = [sys.executable, str(HERE / "fakehub.py"), str(home)]
+    subprocess.run(builder, env={**os.environ, **offline}, check=True, capture_output=True)
     return Suite(
         name="peft",
         folder=folder,
         targets=[f"tests/{name}.py" for name in FILES],
         hook="hook_peft",
-        environment={"HF_HUB_OFFLINE": "1", "HF_HOME": str(home)},
+        environment=offline,
         packages=("peft", "transformers", "torch"),
         harness=("fakehub.py", "hook_peft.py", "plugin.py"),
     )
