@@ -25,10 +25,12 @@ struct Kernels {
   decltype(&scalar::rms_norm) rms_norm;
   decltype(&scalar::rms_norm_bwd) rms_norm_bwd;
   decltype(&scalar::dropout) dropout;
+  decltype(&scalar::glu) glu;
+  decltype(&scalar::glu_bwd) glu_bwd;
   decltype(&scalar::philox) philox;
 };
 
-#define FUSELORA_KERNELS(isa) {#isa, isa::rms_norm, isa::rms_norm_bwd, isa::dropout, isa::philox}
+#define FUSELORA_KERNELS(isa) {#isa, isa::rms_norm, isa::rms_norm_bwd, isa::dropout, isa::glu, isa::glu_bwd, isa::philox}
 
 const Kernels kScalar = FUSELORA_KERNELS(scalar);
 #if defined(__x86_64__)
@@ -65,6 +67,8 @@ const Kernels* kernels() {
 }
 
 bool is_dtype(int32_t dtype) { return dtype == FUSELORA_F32 || dtype == FUSELORA_BF16 || dtype == FUSELORA_F16; }
+
+bool is_activation(int32_t act) { return act == FUSELORA_SILU || act == FUSELORA_GELU || act == FUSELORA_GELU_TANH; }
 
 bool is_mode(int32_t mode) { return mode == FUSELORA_LLAMA || mode == FUSELORA_GEMMA || mode == FUSELORA_NONE; }
 
@@ -129,6 +133,28 @@ int32_t fuselora_dropout(void* y, const void* x, int64_t n, int32_t dtype, uint6
     return fail(FUSELORA_BAD_ARGUMENT, "dropout: bad argument: n %lld, dtype %d", static_cast<long long>(n), dtype);
   if (!kernels()) return FUSELORA_BAD_ISA;
   kernels()->dropout({y, x, n, dtype, seed, threshold, scale, threads});
+  return FUSELORA_OK;
+}
+
+int32_t fuselora_glu(void* h, const void* gate, const void* up, int64_t rows, int64_t cols, int64_t gate_stride,
+                     int64_t up_stride, int32_t dtype, int32_t act, int32_t threads) {
+  if (rows < 0 || cols < 0 || !is_dtype(dtype) || !is_activation(act))
+    return fail(FUSELORA_BAD_ARGUMENT, "glu: bad argument: rows %lld, cols %lld, dtype %d, act %d",
+                static_cast<long long>(rows), static_cast<long long>(cols), dtype, act);
+  if (!kernels()) return FUSELORA_BAD_ISA;
+  kernels()->glu({h, gate, up, rows, cols, gate_stride, up_stride, dtype, act, threads});
+  return FUSELORA_OK;
+}
+
+int32_t fuselora_glu_bwd(void* dgate, void* dup, void* h, const void* dh, const void* gate, const void* up, int64_t rows,
+                         int64_t cols, int64_t d_stride, int64_t dh_stride, int64_t gate_stride, int64_t up_stride,
+                         int32_t dtype, int32_t act, int32_t threads) {
+  if (rows < 0 || cols < 0 || !is_dtype(dtype) || !is_activation(act))
+    return fail(FUSELORA_BAD_ARGUMENT, "glu_bwd: bad argument: rows %lld, cols %lld, dtype %d, act %d",
+                static_cast<long long>(rows), static_cast<long long>(cols), dtype, act);
+  if (!kernels()) return FUSELORA_BAD_ISA;
+  kernels()->glu_bwd({dgate, dup, h, dh, gate, up, rows, cols, d_stride, dh_stride, gate_stride, up_stride, dtype, act,
+                      threads});
   return FUSELORA_OK;
 }
 

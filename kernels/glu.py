@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import checks, native
 from .blocks import load, multiply, scratch_blocks
-from .registry import Cost, Sample, define, function
+from .registry import Cost, Sample, define, function, implement
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 GELU_FORM = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -153,6 +153,64 @@ GLU_PACKED_BWD = define(
     samples=_packed_bwd_samples,
     cost=_cost_bwd,
 )
+
+
+def _strided(x: Tensor) -> Tensor:
+    """[..., I] as [M, I] with contiguous columns, copied only where no row stride describes it."""
+    rows = _rows(x)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _cpu(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    h = torch.empty(gate.shape, dtype=gate.dtype)
+    gate, up = _strided(gate), _strided(up)
+    assert gate.shape == up.shape
+    native.call(
+        "fuselora_glu",
+        *map(native.pointer, (h, gate, up)),
+        *(*gate.shape, gate.stride(0), up.stride(0)),
+        *(native.DTYPE[h.dtype], native.ACTIVATION[act], torch.get_num_threads()),
+    )
+    return h
+
+
+def _cpu_backward_into(
+    dgate: Tensor, dup: Tensor, h: Tensor | None, dh: Tensor, gate: Tensor, up: Tensor, act: str
+) -> None:
+    """Fill dgate and dup [M, I], which have one row stride and may be halves of one buffer, and h."""
+    dh, gate, up = _strided(dh), _strided(gate), _strided(up)
+    assert dh.shape == gate.shape == up.shape
+    native.call(
+        "fuselora_glu_bwd",
+        *map(native.pointer, (dgate, dup, h, dh, gate, up)),
+        *(*gate.shape, dgate.stride(0), dh.stride(0), gate.stride(0), up.stride(0)),
+        *(native.DTYPE[gate.dtype], native.ACTIVATION[act], torch.get_num_threads()),
+    )
+
+
+def _cpu_bwd(dh: Tensor, gate: Tensor, up: Tensor, act: str, need_h: bool):
+    dgate, dup, h = _fake_bwd(dh, gate, up, act, need_h)
+    _cpu_backward_into(_rows(dgate), _rows(dup), h if need_h else None, dh, gate, up, act)
+    return dgate, dup, h
+
+
+def _cpu_packed_bwd(dh: Tensor, gate_up: Tensor, act: str, need_h: bool):
+    dgate_up, h = _fake_packed_bwd(dh, gate_up, act, need_h)
+    dgate, dup = _rows(dgate_up).chunk(2, -1)
+    _cpu_backward_into(dgate, dup, h if need_h else None, dh, *gate_up.chunk(2, -1), act)
+    return dgate_up, h
+
+
+def _cpu_supports(*args: object) -> str | None:
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if any(x.dtype != tensors[0].dtype for x in tensors):
+        return f"dtypes {', '.join(str(x.dtype) for x in tensors)} differ"
+    return "an empty dimension" if tensors[0].numel() == 0 else native.unsupported(*tensors)
+
+
+implement(GLU, "cpu", _cpu, _cpu_supports)
+implement(GLU_BWD, "cpu", _cpu_bwd, _cpu_supports)
+implement(GLU_PACKED_BWD, "cpu", _cpu_packed_bwd, _cpu_supports)
 
 
 def glu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:

@@ -65,11 +65,32 @@ struct Dropout {
   int32_t threads;
 };
 
+struct Glu {
+  void* h;
+  const void* gate;
+  const void* up;
+  int64_t rows, cols, gate_stride, up_stride;
+  int32_t dtype, act, threads;
+};
+
+struct GluBwd {
+  void* dgate;
+  void* dup;
+  void* h;
+  const void* dh;
+  const void* gate;
+  const void* up;
+  int64_t rows, cols, d_stride, dh_stride, gate_stride, up_stride;
+  int32_t dtype, act, threads;
+};
+
 #define FUSELORA_DECLARE(isa)              \
   namespace isa {                          \
   void rms_norm(const RmsNorm& a);         \
   void rms_norm_bwd(const RmsNormBwd& a);  \
   void dropout(const Dropout& a);          \
+  void glu(const Glu& a);                  \
+  void glu_bwd(const GluBwd& a);           \
   void philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]); \
   }
 

@@ -1,6 +1,6 @@
 /* The whole C ABI of fuselora.
  *
- * Pointers are to contiguous memory of the caller; sizes are int64 and count elements unless they say bytes. Every
+ * Pointers are to contiguous memory of the caller unless there is a stride; sizes and strides are int64 and count elements unless they say bytes. Every
  * function that computes returns 0, or a fuselora_status whose sentence fuselora_last_error() gives (per thread).
  * Functions are reentrant. CPU functions end in `threads`, the largest number of OpenMP threads to use; the results
  * don't depend on it. CUDA functions (fuselora_cuda_*) end in `void* stream` and return before the work is done.
@@ -19,6 +19,7 @@ extern "C" {
 enum fuselora_status { FUSELORA_OK = 0, FUSELORA_BAD_ARGUMENT = 1, FUSELORA_OUT_OF_MEMORY = 2, FUSELORA_BAD_ISA = 3 };
 enum fuselora_dtype { FUSELORA_F32 = 0, FUSELORA_BF16 = 1, FUSELORA_F16 = 2 };
 enum fuselora_norm_mode { FUSELORA_LLAMA = 0, FUSELORA_GEMMA = 1, FUSELORA_NONE = 2 };
+enum fuselora_activation { FUSELORA_SILU = 0, FUSELORA_GELU = 1, FUSELORA_GELU_TANH = 2 };
 
 /* Changes when a signature changes; the loader refuses another number. */
 #define FUSELORA_ABI_VERSION 1
@@ -50,6 +51,18 @@ FUSELORA_API int32_t fuselora_rms_norm_bwd(void* dx, void* dw, const void* dy, c
  * the key (low word of seed, high word of seed). Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3". */
 FUSELORA_API int32_t fuselora_dropout(void* y, const void* x, int64_t n, int32_t dtype, uint64_t seed,
                                       uint32_t threshold, float scale, int32_t threads);
+
+/* Gated linear unit activation h = act(gate) * up; formulas in kernels/glu.py. gate, up: [rows, cols] with row strides
+ * and contiguous columns; h: [rows, cols]. */
+FUSELORA_API int32_t fuselora_glu(void* h, const void* gate, const void* up, int64_t rows, int64_t cols,
+                                  int64_t gate_stride, int64_t up_stride, int32_t dtype, int32_t act, int32_t threads);
+
+/* Its backward. dh, gate, up: [rows, cols] with row strides; dgate, dup: [rows, cols], both with row stride d_stride;
+ * h (or NULL: not wanted): [rows, cols]. */
+FUSELORA_API int32_t fuselora_glu_bwd(void* dgate, void* dup, void* h, const void* dh, const void* gate, const void* up,
+                                      int64_t rows, int64_t cols, int64_t d_stride, int64_t dh_stride,
+                                      int64_t gate_stride, int64_t up_stride, int32_t dtype, int32_t act,
+                                      int32_t threads);
 
 /* One Philox-4x32-10 block, for known-answer tests: out = philox(counter, key). */
 FUSELORA_API void fuselora_philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]);

@@ -1,0 +1,26 @@
+"""The tests of the native families and their part of the op contract again, under every instruction set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fuselora.kernels import native
+
+pytestmark = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
+ROOT = Path(__file__).parents[2]
+FILES = sorted(Path(__file__).parent / f"test_{family}.py" for family in ("glu",))
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_families(isa):
+    environment = {**os.environ, "FUSELORA_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    selected = "native or (glu) and numerics_rule"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", selected]
+    command += map(str, [*FILES, ROOT / "tests/kernels/test_contract.py"])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, cwd=ROOT)
+    if done.returncode and "FUSELORA_CPU_ISA: expected" in done.stdout + done.stderr:
+        pytest.skip(f"this CPU has no {isa}")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
