@@ -49,13 +49,20 @@ static inline Vec load(const bf16* p, Full) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
-static inline void store(bf16* p, Vec x, Full) {
-  const __m512i bits = _mm512_castps_si512(x.v);
+// fp32 bits with the upper halves rounded to nearest even; the lower halves are left over. NaN stays NaN, made quiet.
+static inline __m512i nearest_bf16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i even = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
-  const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
-  const __m512i picked = _mm512_mask_mov_epi32(even, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), quiet);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(picked));
+  const __m512i even = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  return _mm512_mask_mov_epi32(even, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
+}
+static inline void store(bf16* p, Vec x, Full) {
+  const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(nearest_bf16(x.v), 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}
+static inline Vec round_bf16(Vec x) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(nearest_bf16(x.v), _mm512_set1_epi32(int32_t(0xffff0000))))};
 }
 static inline Vec load(const fp16* p, Full) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -95,17 +102,23 @@ static inline __m128i load8(const void* p) { return _mm_loadu_si128(static_cast<
 static inline __m256 widen(__m128i half) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
-static inline __m256i narrow(__m256 x) {
+// As nearest_bf16 above, for eight lanes.
+static inline __m256i nearest_bf16(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i even = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
-  const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+  const __m256i even = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   return _mm256_blendv_epi8(even, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
 }
+static inline __m256 truncate(__m256i bits) {
+  return _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(int32_t(0xffff0000))));
+}
+static inline Vec round_bf16(Vec x) { return {truncate(nearest_bf16(x.lo)), truncate(nearest_bf16(x.hi))}; }
 static inline Vec load(const bf16* p, Full) { return {widen(load8(p)), widen(load8(p + 8))}; }
 static inline void store(bf16* p, Vec x, Full) {
   // packus works within 128-bit halves; the permutation restores the order.
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(narrow(x.lo), narrow(x.hi)), 0xd8);
+  const __m256i lo = _mm256_srli_epi32(nearest_bf16(x.lo), 16), hi = _mm256_srli_epi32(nearest_bf16(x.hi), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
 }
 static inline Vec load(const fp16* p, Full) { return {_mm256_cvtph_ps(load8(p)), _mm256_cvtph_ps(load8(p + 8))}; }
@@ -203,6 +216,12 @@ template <>
 inline Vec rounded<float>(Vec x) {
   return x;
 }
+#if defined(__AVX2__)
+template <>
+inline Vec rounded<bf16>(Vec x) {
+  return round_bf16(x);
+}
+#endif
 
 static inline float sum(Vec x) {
   float lanes[kLanes];
