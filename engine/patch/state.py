@@ -27,8 +27,11 @@ def bypass_reason(module: nn.Module) -> str | None:
         or module._backward_pre_hooks
     ):
         return f"{type(module).__name__} has hooks that the fused path would bypass"
-    if "forward" in module.__dict__:
+    forward = module.__dict__.get("forward")
+    if forward is not None and getattr(forward, "__func__", None) not in (type(module).forward, stock_class(module).forward):
         return f"{type(module).__name__} has a forward of its own on the instance (an accelerate hook or another patcher)"
+    if torch.nn.modules.module._has_any_global_hook():
+        return "hooks for all modules are registered (a profiler or FLOP counter?)"
     return None
 
 
