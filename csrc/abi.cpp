@@ -27,10 +27,11 @@ struct Kernels {
   decltype(&scalar::dropout) dropout;
   decltype(&scalar::glu) glu;
   decltype(&scalar::glu_bwd) glu_bwd;
+  decltype(&scalar::rope) rope;
   decltype(&scalar::philox) philox;
 };
 
-#define FUSELORA_KERNELS(isa) {#isa, isa::rms_norm, isa::rms_norm_bwd, isa::dropout, isa::glu, isa::glu_bwd, isa::philox}
+#define FUSELORA_KERNELS(isa) {#isa, isa::rms_norm, isa::rms_norm_bwd, isa::dropout, isa::glu, isa::glu_bwd, isa::rope, isa::philox}
 
 const Kernels kScalar = FUSELORA_KERNELS(scalar);
 #if defined(__x86_64__)
@@ -155,6 +156,23 @@ int32_t fuselora_glu_bwd(void* dgate, void* dup, void* h, const void* dh, const 
   if (!kernels()) return FUSELORA_BAD_ISA;
   kernels()->glu_bwd({dgate, dup, h, dh, gate, up, rows, cols, d_stride, dh_stride, gate_stride, up_stride, dtype, act,
                       threads});
+  return FUSELORA_OK;
+}
+
+int32_t fuselora_rope(void* y_q, void* y_k, const void* q, const void* k, const void* cos, const void* sin,
+                      int64_t batch, int64_t length, int64_t heads_q, int64_t heads_k, int64_t width, int64_t rotary,
+                      const int64_t strides[6], int64_t table_batch_stride, int32_t dtype, int32_t table_dtype,
+                      int32_t interleaved, int32_t adjoint, int32_t threads) {
+  if (batch < 0 || length < 0 || heads_q < 0 || heads_k < 0 || rotary < 0 || rotary % 2 || rotary > width ||
+      !is_dtype(dtype) || !is_dtype(table_dtype))
+    return fail(FUSELORA_BAD_ARGUMENT,
+                "rope: bad argument: batch %lld, length %lld, heads %lld %lld, width %lld, rotary %lld, dtypes %d %d",
+                static_cast<long long>(batch), static_cast<long long>(length), static_cast<long long>(heads_q),
+                static_cast<long long>(heads_k), static_cast<long long>(width), static_cast<long long>(rotary), dtype,
+                table_dtype);
+  if (!kernels()) return FUSELORA_BAD_ISA;
+  kernels()->rope({y_q, y_k, q, k, cos, sin, batch, length, heads_q, heads_k, width, rotary, strides, table_batch_stride,
+                   dtype, table_dtype, interleaved != 0, adjoint != 0, threads});
   return FUSELORA_OK;
 }
 

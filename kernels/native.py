@@ -78,6 +78,17 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(c_int32, c_int32, c_int32),  # dtype, act, threads
         ),
     ),
+    "fuselora_rope": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p),  # y_q, y_k
+            *(c_void_p, c_void_p, c_void_p, c_void_p),  # q, k, cos, sin
+            *(c_int64, c_int64, c_int64, c_int64, c_int64, c_int64),  # batch, length, heads_q, heads_k, width, rotary
+            *(POINTER(c_int64), c_int64),  # strides, table_batch_stride
+            *(c_int32, c_int32),  # dtype, table_dtype
+            *(c_int32, c_int32, c_int32),  # interleaved, adjoint, threads
+        ),
+    ),
     "fuselora_philox": (None, (POINTER(c_uint32), POINTER(c_uint32), POINTER(c_uint32))),  # out, counter, key
 }
 

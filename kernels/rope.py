@@ -23,14 +23,15 @@ Source: Su et al. 2021, "RoFormer", eq. 34.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, native
 from .blocks import row_blocks
-from .registry import Cost, Sample, define, function
+from .registry import Cost, Sample, define, function, implement
 from .rms_norm import accumulator
 
 
@@ -119,6 +120,29 @@ ROPE = define(
     samples=_op_samples,
     cost=_cost,
 )
+
+
+def _cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, adjoint: bool):
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    cos, sin = cos.contiguous(), sin.contiguous()
+    batch, length, heads_q, width = q.shape
+    y_q, y_k = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k))
+    native.call(
+        "fuselora_rope",
+        *map(native.pointer, (y_q, y_k, q, k, cos, sin)),
+        *(batch, length, heads_q, k.shape[2], width, cos.shape[-1]),
+        (ctypes.c_int64 * 6)(*q.stride()[:3], *k.stride()[:3]),
+        cos.stride(0) if cos.shape[0] > 1 else 0,
+        *(native.DTYPE[q.dtype], native.DTYPE[cos.dtype], interleaved, adjoint, torch.get_num_threads()),
+    )
+    return y_q, y_k
+
+
+def _cpu_supports(q: Tensor, k: Tensor, cos: Tensor, *_: object) -> str | None:
+    return "an empty dimension" if q.numel() == 0 or k.numel() == 0 else native.unsupported(q, k, cos)
+
+
+implement(ROPE, "cpu", _cpu, _cpu_supports)
 
 
 class _Rope(torch.autograd.Function):

@@ -84,6 +84,21 @@ struct GluBwd {
   int32_t dtype, act, threads;
 };
 
+struct Rope {
+  void* y_q;
+  void* y_k;
+  const void* q;
+  const void* k;
+  const void* cos;
+  const void* sin;
+  int64_t batch, length, heads_q, heads_k, width, rotary;
+  const int64_t* strides;
+  int64_t table_batch_stride;
+  int32_t dtype, table_dtype;
+  bool interleaved, adjoint;
+  int32_t threads;
+};
+
 #define FUSELORA_DECLARE(isa)              \
   namespace isa {                          \
   void rms_norm(const RmsNorm& a);         \
@@ -91,6 +106,7 @@ struct GluBwd {
   void dropout(const Dropout& a);          \
   void glu(const Glu& a);                  \
   void glu_bwd(const GluBwd& a);           \
+  void rope(const Rope& a);                \
   void philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]); \
   }
 

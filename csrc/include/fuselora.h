@@ -64,6 +64,14 @@ FUSELORA_API int32_t fuselora_glu_bwd(void* dgate, void* dup, void* h, const voi
                                       int64_t gate_stride, int64_t up_stride, int32_t dtype, int32_t act,
                                       int32_t threads);
 
+/* Rotary position embedding of q and k, or its adjoint; formulas in kernels/rope.py. q: [batch, length, heads_q, width],
+ * k: the same with heads_k, channels contiguous; strides: of batch, length and heads, q's then k's. y_q, y_k: contiguous.
+ * cos, sin: [batch, length, rotary] of table_dtype, contiguous; table_batch_stride is 0 when all batches share one. */
+FUSELORA_API int32_t fuselora_rope(void* y_q, void* y_k, const void* q, const void* k, const void* cos, const void* sin,
+                                   int64_t batch, int64_t length, int64_t heads_q, int64_t heads_k, int64_t width,
+                                   int64_t rotary, const int64_t strides[6], int64_t table_batch_stride, int32_t dtype,
+                                   int32_t table_dtype, int32_t interleaved, int32_t adjoint, int32_t threads);
+
 /* One Philox-4x32-10 block, for known-answer tests: out = philox(counter, key). */
 FUSELORA_API void fuselora_philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]);
 
