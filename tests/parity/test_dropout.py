@@ -1,8 +1,8 @@
 """LoRA dropout: exact with the same mask in stock, and drawn, reproduced and switched off as dropout must be.
 
-Stock's nn.Dropout draws its mask from another stream, so the stock twin gets ``ReplayDropout`` in its place: it draws a seed
-where the fused block draws one and multiplies with that seed's mask. Blocks draw in the order in which stock calls its
-projections, so under one ``torch.manual_seed`` both see the same masks.
+Stock's nn.Dropout draws its mask from another stream, so the stock twin gets ``ReplayDropout`` in its place: it draws a
+seed where the fused block draws one and multiplies with that seed's mask. Blocks draw in the order in which stock calls
+its projections, so under one ``torch.manual_seed`` both see the same masks.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from tests.support.models import batch, fill_adapters, lora_model
+from tests.support.parity import Run, assert_all_fused, assert_close_to_truth, run, run_truth
 from torch import Tensor, nn
 
 import fuselora
 from fuselora.functional import dropout_mask
 from fuselora.kernels import lora_linear
 from fuselora.kernels.dropout import draw_seed
-from tests.support.models import batch, fill_adapters, lora_model
-from tests.support.parity import Run, assert_all_fused, assert_close_to_truth, run, run_truth
 
 P = 0.3
 

@@ -78,11 +78,11 @@ def randomize(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def fill_adapters(model: nn.Module, seed: int = 1) -> None:
-    """Give lora_B and lora_bias, which start at zero, values."""
+def fill_adapters(model: nn.Module, seed: int = 1, adapter: str = "default") -> None:
+    """Give lora_B, and the A of embeddings, which start at zero, values."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name or "lora_embedding_B" in name:
+        if adapter in name and ("lora_B" in name or "lora_embedding_A" in name):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 

@@ -63,16 +63,22 @@ class Run:
 
 
 def run(model: nn.Module, batches: Batch | Iterable[Batch], *, seed: int = 11) -> Run:
-    """Forward and backward from the loss; without labels, from a random projection of the logits."""
+    """Forward and backward from the loss; without labels, from a random projection of the logits.
+
+    A model that returns a tensor counts as one that returns logits. Without trainable parameters there is no backward.
+    """
     losses, logits, grads = [], [], []
     for i, inputs in enumerate([batches] if isinstance(batches, Mapping) else batches):
         torch.manual_seed(seed + i)
         model.zero_grad(set_to_none=True)
         outputs = model(**inputs)
-        root = projection(outputs.logits, seed) if outputs.loss is None else outputs.loss
-        root.backward()
-        losses.append(None if outputs.loss is None else outputs.loss.detach())
-        logits.append(outputs.logits.detach().flatten())
+        loss = getattr(outputs, "loss", None)
+        scores = outputs if isinstance(outputs, Tensor) else outputs.logits
+        root = projection(scores, seed) if loss is None else loss
+        if root.requires_grad:
+            root.backward()
+        losses.append(None if loss is None else loss.detach())
+        logits.append(scores.detach().flatten())
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     model.zero_grad(set_to_none=True)
     stacked = {n: None if grads[0][n] is None else torch.stack([g[n] for g in grads]) for n in grads[0]}
