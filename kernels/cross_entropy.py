@@ -97,6 +97,7 @@ def process_rows(
     """
     n, acc = labels.numel(), accumulator(x.dtype)
     valid = labels != terms.ignore_index
+    may_be_ignored = x.device.type != "cpu" or not valid.all()
     y = torch.where(valid, labels, 0).unsqueeze(1)
     top, peak, picked, mean, entropy = torch.zeros(5, n, dtype=acc, device=x.device)
     if dx is not None:
@@ -119,7 +120,7 @@ def process_rows(
                 d = torch.where(valid[block], dentropy[block], 0).to(acc)
                 turn = surprise.sub_(entropy[block].unsqueeze(1)).mul_(d.unsqueeze(1))
             _gradient_(p, z, y[block], lse, upstream[block], turn, terms)
-            if x.device.type != "cpu":
+            if may_be_ignored:
                 p.masked_fill_(~valid[block].unsqueeze(1), 0)  # an ignored row may hold NaN: 0 * NaN is NaN
             if rows is None:
                 dx[block] = p
