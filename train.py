@@ -41,6 +41,7 @@ def train(config: Config) -> int:
     if not config.do_train:
         print(f"held-out loss {trainer.evaluate():.4f}")
         return 0
+    trainer.resume()
     folder = output.open_output_dir(config)
     if stopped_by := trainer.fit():
         print(f"stopped; go on with the same command and resume_from_checkpoint={trainer.last_checkpoint}")
@@ -51,7 +52,8 @@ def train(config: Config) -> int:
     if config.plot_loss:
         metrics.plot_loss(trainer.log.records, folder / metrics.CURVE_FILE)
     if output.wants_check(config, model):
-        print(output.check_adapter(config, base, tokenizer, (held_out_rows or train_rows)[0]))
+        rows = held_out_rows or train_rows
+        print(output.check_adapter(config, base, tokenizer, rows[len(rows) // 2]))
     print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}")
     return 0
 

@@ -29,7 +29,9 @@ def check_output_dir(config: Config) -> None:
     if folder.exists() and not folder.is_dir():
         raise expected("output_dir", "a folder", f"{str(folder)!r}, which is a file", "choose another name")
     in_use = folder.is_dir() and any(folder.iterdir())
-    if in_use and not config.overwrite_output_dir and not config.resume_from_checkpoint:
+    wish = config.resume_from_checkpoint
+    goes_on = wish is True or (isinstance(wish, str) and Path(wish).expanduser().resolve().parent == folder.resolve())
+    if in_use and not config.overwrite_output_dir and not goes_on:
         raise expected(
             "output_dir",
             "an empty or new folder",

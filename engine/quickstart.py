@@ -43,19 +43,23 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything the cached base depends on. 2.2 M weights, 0.6 M tokens: about a minute on two cores."""
+    """Everything the cached base depends on: 1.0 M weights, 1.2 M tokens (2.5 epochs), 130 s of one core.
+
+    At this budget a small model on more tokens is better than a larger one on fewer: 2.2 M weights on 0.6 M tokens
+    left fine-tuning at a held-out loss 19 % worse in nats per byte.
+    """
 
     revision: int = 1  # raise when the text or the training below changes
-    vocab_size: int = 3072
-    hidden_size: int = 192
-    intermediate_size: int = 512
+    vocab_size: int = 2048
+    hidden_size: int = 128
+    intermediate_size: int = 352
     num_hidden_layers: int = 4
-    num_attention_heads: int = 3
+    num_attention_heads: int = 2
     num_key_value_heads: int = 1
     sequence: int = 256
-    batch: int = 8
-    steps: int = 300
-    learning_rate: float = 3e-3
+    batch: int = 4
+    steps: int = 1200
+    learning_rate: float = 4e-3
     seed: int = 0
 
     @property
@@ -156,7 +160,7 @@ def _pretrain(stream: torch.Tensor, tokenizer: PreTrainedTokenizerBase, recipe: 
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == recipe.steps:
+        if step % 100 == 0 or step == recipe.steps:
             seconds = time.monotonic() - began
             print(f"  pretraining step {step}/{recipe.steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
     return model

@@ -65,21 +65,30 @@ class Trainer:
         self.warmup = optim.warmup_steps(config, self.total_steps)
         self.step = 0
         self.stop_signal = 0
+        self.resumed = False
         self.last_checkpoint: Path | None = None
         self.window = self._new_window()
         self.log: metrics.RunLog
 
+    def resume(self) -> None:
+        """Take up the checkpoint the configuration asks for, if any. Writes nothing."""
+        folder = checkpoint.find_resume(self.output_dir, self.config.resume_from_checkpoint)
+        if folder is None:
+            return
+        state = checkpoint.load_checkpoint(folder, self.model, self.optimizer, self._identity)
+        self.step, self.last_checkpoint, self.resumed = state["step"], folder, True
+        self.window.loss += state["window"]["loss"]
+        self.window.steps = state["window"]["steps"]
+        print(f"resumed from {folder} at step {self.step}/{self.total_steps}", flush=True)
+
     def fit(self) -> int:
         """Train to the end or to a signal. Returns 0, or the number of the signal that stopped the run."""
         config = self.config
-        resume = checkpoint.find_resume(self.output_dir, config.resume_from_checkpoint)
-        if resume is not None:
-            self._restore(resume)
         self.log = metrics.RunLog(
-            self.output_dir, total_steps=self.total_steps, resume_step=self.step if resume else None
+            self.output_dir, total_steps=self.total_steps, resume_step=self.step if self.resumed else None
         )
         with self._signals():
-            if config.eval_on_start and resume is None:
+            if config.eval_on_start and not self.resumed:
                 self.evaluate_and_log()
             self.window.began = time.monotonic()
             while self.step < self.total_steps and not self.stop_signal:
@@ -168,13 +177,6 @@ class Trainer:
     @property
     def epoch(self) -> float:
         return round(self.step / self.steps_per_epoch, 4)
-
-    def _restore(self, folder: Path) -> None:
-        state = checkpoint.load_checkpoint(folder, self.model, self.optimizer, self._identity)
-        self.step, self.last_checkpoint = state["step"], folder
-        self.window.loss += state["window"]["loss"]
-        self.window.steps = state["window"]["steps"]
-        print(f"resumed from {folder} at step {self.step}/{self.total_steps}", flush=True)
 
     @cached_property
     def _identity(self) -> dict[str, Any]:

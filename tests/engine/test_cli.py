@@ -93,6 +93,17 @@ def test_used_output_dir_is_left_alone(arguments, capsys, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
 
 
+def test_refused_resume_leaves_the_run_alone(arguments, capsys, tmp_path):
+    out = tmp_path / "out"
+    assert cli.main(["train", *arguments(save_steps=2)]) == 0
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    refused(capsys, arguments(resume_from_checkpoint=True, data_seed=5), "data_seed")
+    (tmp_path / "else").mkdir()
+    refused(capsys, arguments(resume_from_checkpoint=tmp_path / "else"), "output_dir")
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def test_unknown_command(capsys):
     assert cli.main(["trian"]) == 2
     assert "trian" in capsys.readouterr().err

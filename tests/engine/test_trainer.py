@@ -157,7 +157,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good(make_trainer, bad):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_finishes_the_step_and_saves(make_trainer, number, capsys):
-    trainer = make_trainer(max_steps=8)
+    trainer = make_trainer(max_steps=8, save_strategy="no")
     step = trainer.training_step
 
     def interrupted():
