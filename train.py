@@ -32,7 +32,7 @@ def train(config: Config) -> int:
     model.print_trainable_parameters()
     if config.fuse:
         try:
-            model = patch_model(model, strict=config.fuse_strict)
+            patch_model(model, strict=config.fuse_strict)
         except ValueError as error:  # strict, and something can't be fused
             raise UserError(str(error)) from error
         print(patch_report(model))

@@ -64,10 +64,14 @@ class RunLog:
 
     def show(self, text: str) -> None:
         """A line that stays."""
-        if self._line_open:
-            print()
-            self._line_open = False
+        self.end_line()
         print(text, flush=True)
+
+    def end_line(self) -> None:
+        """Leave the live line as it is."""
+        if self._line_open:
+            print(flush=True)
+            self._line_open = False
 
 
 def _clock(seconds: float | None) -> str:

@@ -188,6 +188,13 @@ def test_log_and_progress(make_trainer, capsys):
     assert all(word in shown for word in ("step 4/5", "tokens/s", "MiB", "ETA", "held-out loss")) and "\r" not in shown
 
 
+def test_progress_stays_on_one_line_of_a_terminal(make_trainer, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    make_trainer(max_steps=4, save_strategy="no").fit()
+    shown = capsys.readouterr().out
+    assert shown.count("\r") == 2 and shown.count("\n") == 0 and "step 4/4" in shown
+
+
 def test_bf16_keeps_adapters_in_fp32(make_trainer):
     trainer = make_trainer(bf16=True, max_steps=2)
     trainer.fit()
