@@ -109,21 +109,23 @@ class Suite:
         """One pytest session; `only` restricts it to these test ids, run one after the other in one process."""
         results = CACHE / f"{self.name}-{os.getpid()}.json"
         selection = CACHE / f"{self.name}-{os.getpid()}-only.json"
-        command = [sys.executable, "-m", "pytest", "-p", "plugin", "-p", self.hook, "-p", "no:cacheprovider"]
-        command += ["-p", "no:benchmark", "-o", "addopts=", "-o", "filterwarnings=default"]
-        command += ["--outside-results", str(results)]
+        # "=" and --rootdir: pytest would take a path in its own argument for a target when it looks for its root
+        command = [sys.executable, "-m", "pytest", "--rootdir=.", "-p", "plugin", "-p", self.hook]
+        command += ["-p", "no:cacheprovider", "-p", "no:benchmark", "-o", "addopts=", "-o", "filterwarnings=default"]
+        command += [f"--outside-results={results}"]
         command += ["--patched"] if patched else []
-        command += ["--mutate", mutate] if mutate else []
+        command += [f"--mutate={mutate}"] if mutate else []
         if only:
             selection.write_text(json.dumps(list(only)))
-            command += ["--outside-only", str(selection), *sorted({test.split("::")[0] for test in only})]
+            command += [f"--outside-only={selection}", *sorted({test.split("::")[0] for test in only})]
         else:
             command += ["-n", str(self.workers), *self.targets]
         command += ["-x", "--tb=long"] if verbose else ["-q", "--tb=no", "--no-header", "-r", "N", "--disable-warnings"]
         search = [str(HERE), str(REPO / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, **self.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(search)}
         start = time.monotonic()
-        log = None if verbose else (CACHE / f"{self.name}-{'patched' if patched else 'stock'}.log").open("w")
+        session = f"{self.name}-{'patched' if patched else 'stock'}{'-alone' if only else ''}"
+        log = None if verbose else (CACHE / f"{session}.log").open("w")
         done = subprocess.run(command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
         recorded = json.loads(results.read_text()) if results.exists() else None
         results.unlink(missing_ok=True)
@@ -191,6 +193,7 @@ def judge(suite: Suite, args: argparse.Namespace, passes_at_least: int, fused_at
         print(f"{suite.name}: expected at least {passes_at_least} stock passes: the suite is not set up right")
         return 1
     patched = suite.run(patched=True, mutate=args.mutate)
+    (CACHE / f"{suite.name}-patched.json").write_text(json.dumps(vars(patched)))
     print(f"{suite.name}: patched  {patched.summary()}; {json.dumps(patched.counters)}", flush=True)
     regressions, unstable = differences(stock, patched), []
     if 0 < len(regressions) <= RERUN_AT_MOST:
