@@ -106,6 +106,7 @@ class Trainer:
             if config.save_strategy != "no":
                 self.save()
             self._check_finite()
+        self.log.end_line()
         return self.stop_signal
 
     def training_step(self) -> None:
@@ -223,6 +224,7 @@ class Trainer:
     def _check_finite(self) -> None:
         bad = int(self.window.bad_step.item())
         if bad >= 0:
+            self.log.end_line()
             kept = (
                 f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "nothing was saved"
             )
