@@ -83,7 +83,7 @@ def test_class_names_signatures_and_isinstance_stay() -> None:
 
 
 def test_other_models_and_modules_are_untouched() -> None:
-    """A stock model beside a patched one computes what it computed; no class or function of transformers or PEFT changed."""
+    """A stock model beside a patched one computes what it computed; no class or function of the libraries changed."""
     names = ["transformers.models.llama.modeling_llama", "peft.tuners.lora.layer", "torch.nn.modules.linear"]
     modules = [importlib.import_module(name) for name in names]
 
@@ -107,7 +107,7 @@ def test_other_models_and_modules_are_untouched() -> None:
 
 
 def test_importing_and_patching_changes_nothing_global() -> None:
-    """In a fresh process: functions and classes of transformers, PEFT and torch are the same objects after import and patch."""
+    """In a fresh process: functions and classes of transformers, PEFT and torch are the same objects afterwards."""
     program = """
 import importlib, inspect, sys
 sys.path.insert(0, sys.argv[1])
@@ -240,9 +240,10 @@ def test_hooks_on_children_fire_and_their_parent_declines(name: str, kind: str) 
     assert declined and all(reason in row.reason for row in declined), fuselora.patch_report(twins.ours)
 
 
-@pytest.mark.parametrize(
-    "path", ["self_attn", "mlp", "input_layernorm", "self_attn.o_proj", "self_attn.rotary_emb", ""]
-)
+CALLED = ["self_attn", "mlp", "input_layernorm", "self_attn.o_proj", "self_attn.rotary_emb", ""]
+
+
+@pytest.mark.parametrize("path", CALLED)
 def test_hooks_on_modules_that_are_called_anyway_cost_nothing(path: str) -> None:
     """A hook on a fused module itself, or on one that the fused parent calls, is called as in stock."""
     where = {"": LAYER, "self_attn.rotary_emb": "base_model.model.model.rotary_emb"}.get(path, f"{LAYER}.{path}")

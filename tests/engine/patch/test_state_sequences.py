@@ -1,8 +1,8 @@
 """Random sequences of PEFT operations on twins: equal after every step, whatever came before.
 
 A hypothesis state machine: it draws operations that are legal in the current state. Derandomised, so that a run is the
-same everywhere; ``FUSELORA_STATE_SEQUENCES`` sets the number of sequences (20 here; 500 before a release). Failures are
-not shrunk: at ten steps a sequence is short, and shrinking models takes minutes.
+same everywhere; ``FUSELORA_STATE_SEQUENCES`` sets the number of sequences (12 here; 500 before a release). Failures are
+not shrunk: at eight steps a sequence is short, and shrinking models takes minutes.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ class Operations(RuleBasedStateMachine):
 
 
 Operations.TestCase.settings = settings(
-    max_examples=int(os.environ.get("FUSELORA_STATE_SEQUENCES", "20")),
-    stateful_step_count=10,
+    max_examples=int(os.environ.get("FUSELORA_STATE_SEQUENCES", "12")),
+    stateful_step_count=8,
     deadline=None,
     derandomize=True,
     database=None,

@@ -1,4 +1,4 @@
-"""A patched model inside the machinery of training: checkpointing, compile, HF Trainer, accelerate, DDP, output recording."""
+"""A patched model inside the machinery of training: checkpointing, compile, HF Trainer, accelerate, DDP, recording."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def enable_checkpointing(model: nn.Module, reentrant: bool) -> None:
 
 
 def count_calls(model: nn.Module) -> dict[str, int]:
-    """Calls of attention and MLP blocks. Pre-hooks: a non-reentrant recompute stops inside the last block that saves."""
+    """Calls of attention and MLP. Pre-hooks: a non-reentrant recompute stops inside the last block that saves."""
     calls: dict[str, int] = {}
     for name, module in model.named_modules():
         if name.endswith((".mlp", ".self_attn")):
@@ -96,9 +96,8 @@ def test_checkpointing_keeps_less() -> None:
     assert saved_bytes(lambda: ours(**batch(2, 40)).loss) < 0.5 * full
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_compiled_model_trains_alike(family: str) -> None:
-    stock, ours = pair(family, num_hidden_layers=1)
+def test_compiled_model_trains_alike() -> None:
+    stock, ours = pair(num_hidden_layers=1)
     inputs = [batch(seed=seed) for seed in range(4)]
     truth, theirs = run_truth(stock, inputs), run(stock, inputs)
     torch._dynamo.reset()
