@@ -28,10 +28,11 @@ struct Kernels {
   decltype(&scalar::glu) glu;
   decltype(&scalar::glu_bwd) glu_bwd;
   decltype(&scalar::rope) rope;
+  decltype(&scalar::cross_entropy) cross_entropy;
   decltype(&scalar::philox) philox;
 };
 
-#define FUSELORA_KERNELS(isa) {#isa, isa::rms_norm, isa::rms_norm_bwd, isa::dropout, isa::glu, isa::glu_bwd, isa::rope, isa::philox}
+#define FUSELORA_KERNELS(isa) {#isa, isa::rms_norm, isa::rms_norm_bwd, isa::dropout, isa::glu, isa::glu_bwd, isa::rope, isa::cross_entropy, isa::philox}
 
 const Kernels kScalar = FUSELORA_KERNELS(scalar);
 #if defined(__x86_64__)
@@ -173,6 +174,24 @@ int32_t fuselora_rope(void* y_q, void* y_k, const void* q, const void* k, const 
   if (!kernels()) return FUSELORA_BAD_ISA;
   kernels()->rope({y_q, y_k, q, k, cos, sin, batch, length, heads_q, heads_k, width, rotary, strides, table_batch_stride,
                    dtype, table_dtype, interleaved != 0, adjoint != 0, threads});
+  return FUSELORA_OK;
+}
+
+int32_t fuselora_cross_entropy(float* loss, float* lse, float* entropy, void* dx, const void* x, const int64_t* labels,
+                               const float* upstream, const float* dentropy, int64_t rows, int64_t cols,
+                               int64_t dx_stride, int64_t x_stride, int32_t dtype, int64_t ignore_index, double softcap,
+                               double label_smoothing, double logit_scale, double z_loss, int32_t threads) {
+  if (rows < 0 || cols < 1 || !is_dtype(dtype) || (dx && !upstream))
+    return fail(FUSELORA_BAD_ARGUMENT, "cross_entropy: bad argument: rows %lld, cols %lld, dtype %d, dx %s upstream",
+                static_cast<long long>(rows), static_cast<long long>(cols), dtype, upstream ? "with" : "without");
+  for (int64_t i = 0; i < rows; ++i)
+    if (labels[i] != ignore_index && (labels[i] < 0 || labels[i] >= cols))
+      return fail(FUSELORA_BAD_ARGUMENT, "cross_entropy: bad argument: label %lld in row %lld, %lld columns",
+                  static_cast<long long>(labels[i]), static_cast<long long>(i), static_cast<long long>(cols));
+  if (!kernels()) return FUSELORA_BAD_ISA;
+  kernels()->cross_entropy({loss, lse, entropy, dx, x, labels, upstream, dentropy, rows, cols, dx_stride, x_stride, dtype,
+                            ignore_index, static_cast<float>(softcap), static_cast<float>(label_smoothing),
+                            static_cast<float>(logit_scale), static_cast<float>(z_loss), threads});
   return FUSELORA_OK;
 }
 

@@ -19,16 +19,27 @@ Source: the chain rule; Wijmans et al. 2024, "Cut Your Losses in Large-Vocabular
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from . import native
 from .blocks import row_blocks
-from .cross_entropy import TERMS, Terms, check_label_range, process_rows, random_labels, valid_rows
-from .registry import Cost, Sample, define
+from .cross_entropy_rows import (
+    TERMS,
+    Rows,
+    Terms,
+    check_label_range,
+    native_rows,
+    process_rows,
+    random_labels,
+    valid_rows,
+)
+from .registry import Cost, Sample, define, implement
 from .rms_norm import accumulator
 
+RowPass = Callable[..., Rows]  # process_rows or its native twin
 CHUNK_BYTES_CPU = 1 << 24
 MIN_CHUNK_CPU, MIN_CHUNK, MAX_CHUNK = 128, 512, 1024
 
@@ -90,7 +101,8 @@ class _Gradients:
 
 
 @torch.no_grad()
-def _reference(
+def _loss_and_gradients(
+    process: RowPass,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_weights: Tensor | None,
     ignore_index: int, softcap: float, label_smoothing: float, logit_scale: float, z_loss: float, chunk_tokens: int,
     need_dh: bool, need_dw: bool, need_db: bool,
@@ -101,14 +113,15 @@ def _reference(
     weights = torch.ones_like(loss) if token_weights is None else token_weights.to(loss.dtype)
     grads = _Gradients(hidden, weight, bias, (need_dh, need_dw, need_db))
     for rows, h, x in _chunks(hidden, weight, bias, labels, ignore_index, chunk_tokens):
-        part = process_rows(x, labels[rows], terms, upstream=weights[rows], dx=x)
+        part = process(x, labels[rows], terms, upstream=weights[rows], dx=x)
         loss.index_copy_(0, rows, part.loss * weights[rows])
         grads.add(rows, h, x)
     return loss, *grads.result()
 
 
 @torch.no_grad()
-def _reference_rows(
+def _rows(
+    process: RowPass,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
     ignore_index: int, softcap: float, label_smoothing: float, logit_scale: float, z_loss: float, chunk_tokens: int,
     need_entropy: bool,
@@ -119,7 +132,7 @@ def _reference_rows(
     for out in (loss, lse, entropy):
         out.zero_()
     for rows, _, x in _chunks(hidden, weight, bias, labels, ignore_index, chunk_tokens):
-        part = process_rows(x, labels[rows], terms, need_entropy=need_entropy)
+        part = process(x, labels[rows], terms, need_entropy=need_entropy)
         loss.index_copy_(0, rows, part.loss)
         lse.index_copy_(0, rows, part.lse)
         if need_entropy:
@@ -128,7 +141,8 @@ def _reference_rows(
 
 
 @torch.no_grad()
-def _reference_rows_bwd(
+def _rows_bwd(
+    process: RowPass,
     dloss: Tensor, dentropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
     lse: Tensor, ignore_index: int, softcap: float, label_smoothing: float, logit_scale: float, z_loss: float,
     chunk_tokens: int, need_dh: bool, need_dw: bool, need_db: bool,
@@ -137,9 +151,21 @@ def _reference_rows_bwd(
     grads = _Gradients(hidden, weight, bias, (need_dh, need_dw, need_db))
     for rows, h, x in _chunks(hidden, weight, bias, labels, ignore_index, chunk_tokens):
         turn = None if dentropy is None else dentropy[rows]
-        process_rows(x, labels[rows], terms, upstream=dloss[rows], dentropy=turn, dx=x)
+        process(x, labels[rows], terms, upstream=dloss[rows], dentropy=turn, dx=x)
         grads.add(rows, h, x)
     return grads.result()
+
+
+def _reference(*args):
+    return _loss_and_gradients(process_rows, *args)
+
+
+def _reference_rows(*args):
+    return _rows(process_rows, *args)
+
+
+def _reference_rows_bwd(*args):
+    return _rows_bwd(process_rows, *args)
 
 
 def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]):
@@ -254,3 +280,16 @@ LINEAR_CROSS_ENTROPY_ROWS_BWD = define(
     cost=_cost_rows_bwd,
     long_reduction=True,
 )
+
+
+def _cpu_supports(hidden: Tensor, *_: object) -> str | None:
+    return native.unsupported(hidden)
+
+
+def _cpu_bwd_supports(dloss: Tensor, dentropy: Tensor | None, hidden: Tensor, *_: object) -> str | None:
+    return native.unsupported(hidden)
+
+
+implement(LINEAR_CROSS_ENTROPY, "cpu", lambda *args: _loss_and_gradients(native_rows, *args), _cpu_supports)
+implement(LINEAR_CROSS_ENTROPY_ROWS, "cpu", lambda *args: _rows(native_rows, *args), _cpu_supports)
+implement(LINEAR_CROSS_ENTROPY_ROWS_BWD, "cpu", lambda *args: _rows_bwd(native_rows, *args), _cpu_bwd_supports)

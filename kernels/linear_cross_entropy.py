@@ -31,15 +31,13 @@ from torch import Tensor
 from . import checks, chunked_head  # noqa: F401  (chunked_head registers the ops)
 from .cross_entropy import (
     REDUCTIONS,
-    TERMS,
-    Terms,
     check_loss_arguments,
     eager_cross_entropy,
     mean_loss,
-    random_labels,
     reduce_loss,
     token_count,
 )
+from .cross_entropy_rows import TERMS, Terms, random_labels
 from .lora import compute_dtype, no_autocast
 from .registry import Sample, function
 from .rms_norm import accumulator

@@ -89,6 +89,17 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(c_int32, c_int32, c_int32),  # interleaved, adjoint, threads
         ),
     ),
+    "fuselora_cross_entropy": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p, c_void_p, c_void_p),  # loss, lse, entropy, dx
+            *(c_void_p, c_void_p, c_void_p, c_void_p),  # x, labels, upstream, dentropy
+            *(c_int64, c_int64),  # rows, cols
+            *(c_int64, c_int64, c_int32),  # dx_stride, x_stride, dtype
+            *(c_int64, c_double, c_double, c_double, c_double),  # ignore_index, softcap, label_smoothing, ...
+            c_int32,  # threads
+        ),
+    ),
     "fuselora_philox": (None, (POINTER(c_uint32), POINTER(c_uint32), POINTER(c_uint32))),  # out, counter, key
 }
 

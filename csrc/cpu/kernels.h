@@ -99,6 +99,22 @@ struct Rope {
   int32_t threads;
 };
 
+struct CrossEntropy {
+  float* loss;
+  float* lse;
+  float* entropy;
+  void* dx;
+  const void* x;
+  const int64_t* labels;
+  const float* upstream;
+  const float* dentropy;
+  int64_t rows, cols, dx_stride, x_stride;
+  int32_t dtype;
+  int64_t ignore_index;
+  float softcap, label_smoothing, logit_scale, z_loss;
+  int32_t threads;
+};
+
 #define FUSELORA_DECLARE(isa)              \
   namespace isa {                          \
   void rms_norm(const RmsNorm& a);         \
@@ -107,6 +123,7 @@ struct Rope {
   void glu(const Glu& a);                  \
   void glu_bwd(const GluBwd& a);           \
   void rope(const Rope& a);                \
+  void cross_entropy(const CrossEntropy& a); \
   void philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]); \
   }
 

@@ -72,6 +72,15 @@ FUSELORA_API int32_t fuselora_rope(void* y_q, void* y_k, const void* q, const vo
                                    int64_t rotary, const int64_t strides[6], int64_t table_batch_stride, int32_t dtype,
                                    int32_t table_dtype, int32_t interleaved, int32_t adjoint, int32_t threads);
 
+/* Cross-entropy of rows of logits; formulas in kernels/cross_entropy.py. x: [rows, cols] with a row stride; labels: [rows],
+ * each in [0, cols) or ignore_index; loss, lse, entropy (or NULL): [rows]. With dx (or NULL; may be x): its gradient for
+ * upstream, the gradient of loss, and dentropy (or NULL), that of entropy, [rows] each. Ignored rows give zeros. */
+FUSELORA_API int32_t fuselora_cross_entropy(float* loss, float* lse, float* entropy, void* dx, const void* x,
+                                            const int64_t* labels, const float* upstream, const float* dentropy,
+                                            int64_t rows, int64_t cols, int64_t dx_stride, int64_t x_stride,
+                                            int32_t dtype, int64_t ignore_index, double softcap, double label_smoothing,
+                                            double logit_scale, double z_loss, int32_t threads);
+
 /* One Philox-4x32-10 block, for known-answer tests: out = philox(counter, key). */
 FUSELORA_API void fuselora_philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]);
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from fuselora.functional import cross_entropy
-from fuselora.kernels import cross_entropy as module
-from fuselora.kernels.cross_entropy import TERMS, process_rows, random_labels
+from fuselora.kernels import cross_entropy_rows as module
+from fuselora.kernels.cross_entropy_rows import TERMS, process_rows, random_labels
 from fuselora.kernels.registry import FUNCTIONS
 from fuselora.testing import assert_function_close, saved_bytes
 

@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fuselora.functional import linear_cross_entropy, linear_log_probs
-from fuselora.kernels import chunked_head, cross_entropy
-from fuselora.kernels.cross_entropy import TERMS, random_labels
+from fuselora.kernels import chunked_head, cross_entropy_rows
+from fuselora.kernels.cross_entropy_rows import TERMS, random_labels
 from fuselora.kernels.linear_cross_entropy import eager_linear_cross_entropy
 from fuselora.kernels.registry import FUNCTIONS, OPS
 from fuselora.testing import assert_function_close, saved_bytes
@@ -228,7 +228,7 @@ def test_chunk_size_is_a_function_of_shapes():
 
 
 def scale_forgotten(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_transform", lambda x, terms, out: out.copy_(x))
+    monkeypatch.setattr(cross_entropy_rows, "_transform", lambda x, terms, out: out.copy_(x))
 
 
 def gradient_misplaced(monkeypatch):
