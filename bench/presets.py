@@ -88,6 +88,7 @@ PRESETS: dict[str, Preset] = {
         2048,
     ),
 }
+PRESETS["gpu"] = PRESETS["llama-3-8b"]  # what `make gpu` runs
 
 
 def load_config(preset: str | None, path: Path | None) -> tuple[PreTrainedConfig, int, int]:

@@ -95,7 +95,7 @@ def table(run: dict[str, Any]) -> str:
     for pair in run["comparisons"]:
         ratio = pair["speed_up"]
         text = f"{pair['candidate']} against {pair['baseline']}: {ratio['median']:.2f}x tokens/s"
-        text += f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        text += f" [{ratio['low']:.2f}, {ratio['high']:.2f}], {pair['processor_ratio']:.2f}x processor time"
         if pair["memory_ratio"] is not None:
             text += f", {pair['memory_ratio']:.2f}x peak memory above the model"
         lines.append(text)

@@ -223,6 +223,7 @@ def _comparisons(args: argparse.Namespace, names: list[str], times: list, used: 
             "baseline": names[b],
             "candidate": names[c],
             "speed_up": timing.speed_up(times[b], times[c]),
+            "processor_ratio": timing.processor_ratio(times[b], times[c]),
             "memory_ratio": None if used[b] is None else used[c]["above"] / max(used[b]["above"], RATIO_FLOOR),
         }
         for b, c in pairs
