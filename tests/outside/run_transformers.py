@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 
 from suites import HERE, Suite, arguments, judge, unpack
 
@@ -15,7 +14,7 @@ STUBS = {
 }
 
 
-def transformers_suite(families: Sequence[str]) -> Suite:
+def transformers_suite() -> Suite:
     folder = unpack("transformers")
     tests = folder / "tests"
     (tests / "__init__.py").touch()
@@ -28,7 +27,7 @@ def transformers_suite(families: Sequence[str]) -> Suite:
     return Suite(
         name="transformers",
         folder=folder,
-        targets=[f"tests/test_families.py::{family}Test" for family in families],
+        targets=[f"tests/test_families.py::{family}Test" for family in FAMILIES],
         hook="hook_transformers",
         environment={"HF_HUB_OFFLINE": "1", "RUN_TRAINING_TESTS": "1"},
         packages=("transformers", "peft", "torch"),
@@ -37,8 +36,6 @@ def transformers_suite(families: Sequence[str]) -> Suite:
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__)
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES, help="default: all of them")
-    args = parser.parse_args()
-    count = len(args.families)
-    raise SystemExit(judge(transformers_suite(args.families), args, 90 * count, 500 * count))
+    raise SystemExit(
+        judge(transformers_suite(), arguments(__doc__).parse_args(), passes_at_least=1000, fused_at_least=5000)
+    )

@@ -95,6 +95,7 @@ class Suite:
     environment: Mapping[str, str]
     packages: Sequence[str]
     harness: Sequence[str]
+    within: Sequence[str] = ()  # targets to restrict patched runs to
     workers: int = 2
 
     def key(self) -> str:
@@ -119,7 +120,7 @@ class Suite:
             selection.write_text(json.dumps(list(only)))
             command += [f"--outside-only={selection}", *sorted({test.split("::")[0] for test in only})]
         else:
-            command += ["-n", str(self.workers), *self.targets]
+            command += ["-n", str(self.workers), *((patched and self.within) or self.targets)]
         command += ["-x", "--tb=long"] if verbose else ["-q", "--tb=no", "--no-header", "-r", "N", "--disable-warnings"]
         search = [str(HERE), str(REPO / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, **self.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(search)}
@@ -136,12 +137,13 @@ class Suite:
         return Run(**recorded, seconds=time.monotonic() - start)
 
     def stock(self, fresh: bool) -> Run:
-        """The stock run, from `build/outside/` when nothing it depends on has changed."""
+        """The stock run, from `build/outside/` when nothing it depends on has changed; narrowed to `within`."""
         stored = CACHE / f"stock-{self.key()}.json"
-        if stored.exists() and not fresh:
-            return Run(**json.loads(stored.read_text()))
-        run = self.run(patched=False)
-        stored.write_text(json.dumps(vars(run)))
+        if fresh or not stored.exists():
+            stored.write_text(json.dumps(vars(self.run(patched=False))))
+        run = Run(**json.loads(stored.read_text()))
+        if self.within:
+            run.outcomes = {test: o for test, o in run.outcomes.items() if test.startswith(tuple(self.within))}
         return run
 
 
@@ -177,6 +179,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--fresh", action="store_true", help="redo the stock run instead of using the stored one")
     parser.add_argument("--mutate", metavar="NAME", help="plant this bug in the fused path and expect regressions")
+    parser.add_argument("--within", metavar="TARGET", nargs="+", default=(), help="run only these files or classes")
     parser.add_argument("--only", metavar="TEST_ID", nargs="+", help="run these tests alone, with full tracebacks")
     parser.add_argument("--stock", action="store_true", help="with --only: run them unpatched")
     return parser
@@ -187,6 +190,11 @@ def judge(suite: Suite, args: argparse.Namespace, passes_at_least: int, fused_at
     if args.only:
         run = suite.run(patched=not args.stock, only=args.only, mutate=args.mutate, verbose=True)
         return int(any(outcome == "failed" for outcome in run.outcomes.values()))
+    if unknown := set(args.within) - set(suite.targets):
+        raise SystemExit(f"--within: expected some of {', '.join(suite.targets)}, got {', '.join(sorted(unknown))}")
+    suite.within = args.within
+    if args.within:
+        passes_at_least = fused_at_least = 1
     stock = suite.stock(args.fresh)
     print(f"{suite.name}: stock    {stock.summary()}", flush=True)
     if len(stock.passed()) < passes_at_least:

@@ -31,7 +31,7 @@ class Recorded(Suite):
 
 
 def status(patched: Run, alone: dict[bool, Run] | None = None, mutate: str | None = None) -> int:
-    args = argparse.Namespace(only=None, fresh=False, mutate=mutate, stock=False)
+    args = argparse.Namespace(only=None, within=(), fresh=False, mutate=mutate, stock=False)
     return judge(Recorded(patched, alone), args, passes_at_least=2, fused_at_least=10)
 
 
