@@ -29,6 +29,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: $(INSTALL_INPUTS) | $(VENV)/bin/python
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PY) -c "from fuselora.kernels import native; print(native.reason() or 'native ops: ready')"
 	touch $@
 
 train: $(SETUP)

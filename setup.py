@@ -18,11 +18,16 @@ ROOT = Path(__file__).parent.absolute()
 SKIP = os.environ.get("FUSELORA_SKIP_NATIVE") == "1"
 
 
+def works(tool: str) -> bool:
+    """Runs here? The cmake script of an activated environment does not in pip's isolated build: its package is hidden."""
+    return shutil.which(tool) is not None and subprocess.run([tool, "--version"], capture_output=True).returncode == 0
+
+
 def build_native() -> None:
     """Configure and build; a failure leaves the package without native ops and prints why."""
     build = ROOT / "build" / "native"
     configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
-    if not shutil.which("make"):
+    if not works("make"):
         configure += ["-G", "Ninja"]
     try:
         subprocess.run(configure, check=True)
@@ -48,7 +53,7 @@ class NativeDistribution(Distribution):
         return not SKIP
 
 
-build_tools = [name for name, found in (("cmake>=3.18", "cmake"), ("ninja", "make")) if not shutil.which(found)]
+build_tools = [name for name, tool in (("cmake>=3.18", "cmake"), ("ninja", "make")) if not works(tool)]
 setup(
     distclass=NativeDistribution,
     cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel},
