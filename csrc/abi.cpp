@@ -32,7 +32,9 @@ struct Kernels {
   decltype(&scalar::philox) philox;
 };
 
-#define FUSELORA_KERNELS(isa) {#isa, isa::rms_norm, isa::rms_norm_bwd, isa::dropout, isa::glu, isa::glu_bwd, isa::rope, isa::cross_entropy, isa::philox}
+#define FUSELORA_KERNELS(isa)                                                                      \
+  {#isa, isa::rms_norm, isa::rms_norm_bwd, isa::dropout, isa::glu, isa::glu_bwd, isa::rope,        \
+   isa::cross_entropy, isa::philox}
 
 const Kernels kScalar = FUSELORA_KERNELS(scalar);
 #if defined(__x86_64__)

@@ -30,7 +30,8 @@ struct Gelu {
 struct GeluTanh {
   static Activated at(Vec g) {
     const Vec linear = splat(0.797884561f), cubic = splat(0.0356774081f), square = g * g, half = splat(0.5f);
-    const Vec u = g * fma(square, cubic, linear), size = magnitude(u), small = splat(kTanhSmall), half_tanh = half * tanh_small(u);
+    const Vec u = g * fma(square, cubic, linear), size = magnitude(u);
+    const Vec small = splat(kTanhSmall), half_tanh = half * tanh_small(u);
     const Vec e = exp(splat(-2.f) * u), tail = splat(1.f) / (splat(1.f) + e);
     const Vec s = select(size, small, half + half_tanh, tail);
     const Vec rest = select(size, small, half - half_tanh, select(splat(0.f), u, e * tail, splat(1.f) - tail));

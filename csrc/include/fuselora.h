@@ -1,9 +1,10 @@
 /* The whole C ABI of fuselora.
  *
- * Pointers are to contiguous memory of the caller unless there is a stride; sizes and strides are int64 and count elements unless they say bytes. Every
- * function that computes returns 0, or a fuselora_status whose sentence fuselora_last_error() gives (per thread).
- * Functions are reentrant. CPU functions end in `threads`, the largest number of OpenMP threads to use; the results
- * don't depend on it. CUDA functions (fuselora_cuda_*) end in `void* stream` and return before the work is done.
+ * Pointers are to contiguous memory of the caller unless there is a stride; sizes and strides are int64 and count
+ * elements unless they say bytes. Every function that computes returns 0, or a fuselora_status whose sentence
+ * fuselora_last_error() gives (per thread). Functions are reentrant. CPU functions end in `threads`, the largest
+ * number of OpenMP threads to use; the results don't depend on it. CUDA functions (fuselora_cuda_*) end in `void*
+ * stream` and return before the work is done.
  */
 #ifndef FUSELORA_H
 #define FUSELORA_H
