@@ -19,16 +19,15 @@ SKIP = os.environ.get("FUSELORA_SKIP_NATIVE") == "1"
 
 
 def works(tool: str) -> bool:
-    """Runs here? The cmake script of an activated environment does not in pip's isolated build: its package is hidden."""
+    """Whether it runs here: an activated environment's cmake script doesn't in pip's isolated build."""
     return shutil.which(tool) is not None and subprocess.run([tool, "--version"], capture_output=True).returncode == 0
 
 
 def build_native() -> None:
     """Configure and build; a failure leaves the package without native ops and prints why."""
     build = ROOT / "build" / "native"
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
-    if not works("make"):
-        configure += ["-G", "Ninja"]
+    generator = [] if works("make") else ["-G", "Ninja"]
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *generator]
     try:
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
