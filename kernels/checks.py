@@ -1,5 +1,5 @@
-"""Argument checks shared by the public functions and the fakes. Every message says op, what was expected, what came, and
-what to do. Launchers behind the ops only assert.
+"""Argument checks shared by the public functions and the fakes. Every message says op, what was expected, what came,
+and what to do. Launchers behind the ops only assert.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     word(i) = Philox4x32-10(counter = i // 4, key = seed)[i % 4]          a 32-bit word for element i
     y_i     = x_i / (1 - p)  if word(i) >= p * 2^32  else 0
 
-i counts the elements of the contiguous x. The adjoint is the same map: dx = dropout(dy, same seed).
-Seeds come from torch's CPU generator, so ``torch.manual_seed`` and the RNG state that activation checkpointing saves and
-restores both govern the masks, and drawing one never waits for a GPU.
+i counts the elements of the contiguous x. The adjoint is the same map: dx = dropout(dy, same seed). Seeds come from
+torch's CPU generator, so ``torch.manual_seed`` and the RNG state that activation checkpointing saves and restores
+both govern the masks, and drawing one never waits for a GPU.
 
 Bytes, n elements of b bytes: 2nb. Numerics: one rounding, y = round(x * (1 / (1 - p))).
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", Philox-4x32 with 10 rounds.
@@ -51,7 +51,9 @@ def threshold(p: float) -> int:
     return int(p * 2**32)
 
 
-def dropout_mask(seed: Tensor, shape: tuple[int, ...] | torch.Size, p: float, device: torch.device | str = "cpu") -> Tensor:
+def dropout_mask(
+    seed: Tensor, shape: tuple[int, ...] | torch.Size, p: float, device: torch.device | str = "cpu"
+) -> Tensor:
     """The boolean keep-mask that ``dropout`` uses for this seed, for tests and for injecting it elsewhere."""
     size = torch.Size(shape)
     return (philox_words(int(seed), size.numel(), torch.device(device)) >= threshold(p)).view(size)

@@ -10,8 +10,8 @@ For projection i with frozen W_i [N_i, K], adapters A_i [r_i, K], B_i [N_i, r_i]
     dX   = sum_i dY_i W_i + drop_i^T(dS_i A_i)  [M, K]
     dbias_i = sum_m dY_i,  dW_i = dY_i^T X      only where they are trained
 
-Saved for backward: X and the S_i (2r bytes per token in bf16; recomputing them would read X again), never a dropout mask.
-Every projection has its own rank, scale, dropout, biases, or no adapter at all.
+Saved for backward: X and the S_i (2r bytes per token in bf16; recomputing them would read X again), never a dropout
+mask. Every projection has its own rank, scale, dropout, biases, or no adapter at all.
 
 Numerics: GEMMs run in the compute dtype (autocast's, else X's) with fp32 accumulation; adapters of another dtype (PEFT
 keeps fp32 adapters on a bf16 base) are cast once per call, r x (K + N) elements, instead of casting X, M x K; their

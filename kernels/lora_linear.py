@@ -207,7 +207,16 @@ def eager_lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Te
 
 
 def sample_projection(
-    dtype: torch.dtype, device: torch.device, n: int, k: int, rank: int, *, bias=False, lora_bias=False, p=0.0, frozen=True
+    dtype: torch.dtype,
+    device: torch.device,
+    n: int,
+    k: int,
+    rank: int,
+    *,
+    bias=False,
+    lora_bias=False,
+    p=0.0,
+    frozen=True,
 ) -> Projection:
     """A random projection; rank 0 means no adapter. Values are scaled so that outputs are about 1."""
 
@@ -219,7 +228,9 @@ def sample_projection(
     if rank == 0:
         return Projection(weight, base_bias)
     seed = draw_seed() if p > 0.0 else None
-    return Projection(weight, base_bias, LoRA(rand(rank, k), rand(n, rank), 2.0, p, rand(n) if lora_bias else None, seed))
+    return Projection(
+        weight, base_bias, LoRA(rand(rank, k), rand(n, rank), 2.0, p, rand(n) if lora_bias else None, seed)
+    )
 
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
@@ -237,8 +248,14 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     yield Sample("q-and-v-only", (x(3, 7, 40), [make(40, 40, 8), make(20, 40, 0, bias=True), make(20, 40, 8)]))
     yield Sample("dropout", (x(3, 7, 40), [make(40, 40, 8, p=0.3), make(20, 40, 8), make(20, 40, 8, p=0.1)]))
     yield Sample("trained-base", (x(9, 24), [make(16, 24, 4, bias=True, frozen=False), make(8, 24, 0, frozen=False)]))
-    yield Sample("non-contiguous", (torch.randn(6, 4, 40, dtype=dtype, device=device).transpose(0, 1).requires_grad_(), [make(24, 40, 8)]))
-    yield Sample("zero-stride", (torch.randn(1, 40, dtype=dtype, device=device).expand(6, 40).requires_grad_(), [make(24, 40, 8)]))
+    yield Sample(
+        "non-contiguous",
+        (torch.randn(6, 4, 40, dtype=dtype, device=device).transpose(0, 1).requires_grad_(), [make(24, 40, 8)]),
+    )
+    yield Sample(
+        "zero-stride",
+        (torch.randn(1, 40, dtype=dtype, device=device).expand(6, 40).requires_grad_(), [make(24, 40, 8)]),
+    )
     yield Sample("long", (x(257, 264), [make(136, 264, 256, bias=True)]))
 
 

@@ -7,8 +7,8 @@
 Saved for backward: X, G, U and the small S's. H is not saved: the backward of the GLU rebuilds it in the pass that it
 makes anyway, so the block keeps 2 I + K values per token where stock keeps act(G), H, and an input copy per adapter.
 
-Shapes: X [..., K], G, U, H [M, I], Y [..., N]. Packed layouts (one gate_up projection) give G and U as halves of one GEMM's
-output. Numerics and dtypes as in lora.py and glu.py.
+Shapes: X [..., K], G, U, H [M, I], Y [..., N]. Packed layouts (one gate_up projection) give G and U as halves of one
+GEMM's output. Numerics and dtypes as in lora.py and glu.py.
 """
 
 from __future__ import annotations
@@ -122,7 +122,11 @@ def _samples(dtype: torch.dtype, device: torch.device, packed: bool = False) -> 
         return sample_projection(dtype, device, n, k, rank, **options)
 
     def block(k: int, i: int, rank: int = 8, down: dict | None = None, **options) -> tuple[Projection, ...]:
-        ups = (make(2 * i, k, rank, **options),) if packed else (make(i, k, rank, **options), make(i, k, min(rank, 4), **options))
+        ups = (
+            (make(2 * i, k, rank, **options),)
+            if packed
+            else (make(i, k, rank, **options), make(i, k, min(rank, 4), **options))
+        )
         return (*ups, make(k, i, rank, **(options if down is None else down)))
 
     def x(*shape: int) -> Tensor:
@@ -139,7 +143,10 @@ def _samples(dtype: torch.dtype, device: torch.device, packed: bool = False) -> 
     yield Sample("trained-base", (x(3, 5, 24), *block(24, 40, frozen=False)))
     yield Sample("one-row", (x(1, 24), *block(24, 41)))
     yield Sample("empty", (x(0, 24), *block(24, 40)))
-    yield Sample("non-contiguous", (torch.randn(6, 4, 24, dtype=dtype, device=device).transpose(0, 1).requires_grad_(), *block(24, 40)))
+    yield Sample(
+        "non-contiguous",
+        (torch.randn(6, 4, 24, dtype=dtype, device=device).transpose(0, 1).requires_grad_(), *block(24, 40)),
+    )
 
 
 function(lora_mlp, eager=eager_lora_mlp, samples=_samples, long_reduction=True)

@@ -8,9 +8,9 @@ Errors are measured two ways, as the largest and as the root mean square over th
 epsilon of the dtype times the truth measured the same way. k is 1.5, and 2.5 for long reductions. ``fuselora.testing``
 judges kernels with it, ``fuselora.engine.verify`` whole models.
 
-A tensor of few elements (a loss) may come out of stock exactly right by luck, and no error would then be allowed beyond the
-rounding: over 12 seeds that failed 10 of 4464 correct fp32 samples. So below ``FEW`` elements stock's error counts as at
-least the rounding that its own result has suffered. Larger tensors always have an unlucky element.
+A tensor of few elements (a loss) may come out of stock exactly right by luck, and no error would then be allowed
+beyond the rounding: over 12 seeds that failed 10 of 4464 correct fp32 samples. So below ``FEW`` elements stock's
+error counts as at least the rounding that its own result has suffered. Larger tensors always have an unlucky element.
 """
 
 from __future__ import annotations

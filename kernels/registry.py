@@ -13,8 +13,8 @@ Which implementation runs: the dispatcher picks the device, then the first imple
 the choice is the same on every call. ``FUSELORA_IMPL=rms_norm=reference,rms_norm_bwd=cpu`` (``*`` for all ops that have
 the tag) forces one; a forced choice that cannot run raises.
 
-Registration is the low-level ``Library.define`` + ``impl``: 3-7 us per eager call against 23-46 us for ``custom_op`` with
-``register_autograd``; autograd lives in plain ``torch.autograd.Function`` classes over the ops.
+Registration is the low-level ``Library.define`` + ``impl``: 3-7 us per eager call against 23-46 us for ``custom_op``
+with ``register_autograd``; autograd lives in plain ``torch.autograd.Function`` classes over the ops.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     rstd = 1 / sqrt(mean_j(h_j^2) + eps)
     y = rounding(h * rstd, weight)
 
-    mode "llama":  y = w * round(h * rstd)        rounded to the input dtype before the product, as in transformers' Llama
+    mode "llama":  y = w * round(h * rstd)        rounded to the input dtype before the product, as transformers does
     mode "gemma":  y = round(h * rstd * (1 + w))
     mode "none":   y = round(h * rstd * w)        one rounding at the end (torch.nn.RMSNorm, OLMo 2); w may be None
 
@@ -87,9 +87,7 @@ def _fake(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float,
     return y, h, x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
 
 
-def _fake_bwd(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, mode: str, need_dw: bool
-):
+def _fake_bwd(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, mode: str, need_dw: bool):
     dw = h.new_empty(0) if not need_dw or weight is None else torch.empty_like(weight)
     return torch.empty(h.shape, dtype=h.dtype, device=h.device), dw
 

@@ -20,7 +20,8 @@ KINDS = ("attention", "mlp", "lora_linear", "norm", "layer", "loss")
 
 
 def patch_model(model: nn.Module, *, strict: bool = False, disable: Iterable[str] = ()) -> nn.Module:
-    """Make a model compute with fuselora. Its parameters, names, state dict, signatures and other models stay untouched.
+    """Make a model compute with fuselora. Its parameters, names, state dict, signatures and other models stay
+    untouched.
 
     Args:
         model: any ``nn.Module``: a transformers model, a ``PeftModel``, or a module with PEFT LoRA layers inside.
@@ -38,7 +39,9 @@ def patch_model(model: nn.Module, *, strict: bool = False, disable: Iterable[str
     disabled = {disable} if isinstance(disable, str) else set(disable)
     if unknown := disabled - set(KINDS):
         expected = ", ".join(KINDS)
-        raise ValueError(f"patch_model: disable: expected kinds from {expected}, got {', '.join(sorted(unknown))}; remove them")
+        raise ValueError(
+            f"patch_model: disable: expected kinds from {expected}, got {', '.join(sorted(unknown))}; remove them"
+        )
     with LOCK:
         new = [(module, mixin) for module, mixin in _plan(model) if mixin.kind not in disabled]
         for module, mixin in new:

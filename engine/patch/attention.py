@@ -1,7 +1,9 @@
-"""Attention modules: q, k and v in one function, q/k-norm, RoPE on both in one pass, then the model's attention interface.
+"""Attention modules: q, k and v in one function, q/k-norm, RoPE on both in one pass, then the model's attention
+interface.
 
-The interface (SDPA, FlashAttention, Flex, eager ...), the mask, the cache and everything else in ``kwargs`` are transformers' own;
-what is written here is the projection and rotation around them. Families differ in data, not in code: see the class attributes.
+The interface (SDPA, FlashAttention, Flex, eager ...), the mask, the cache and everything else in ``kwargs`` are
+transformers' own; what is written here is the projection and rotation around them. Families differ in data, not in
+code: see the class attributes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Logits that are computed when somebody looks.
 
-``LazyLogits`` is a tensor in shape, dtype, device, type and gradient, but holds hidden states and the head's weight instead of
-values. Scaling, tanh and casts are recorded on it, which is all that models do between head and loss; any other operation
-computes stock's logits first and runs on those.
+``LazyLogits`` is a tensor in shape, dtype, device, type and gradient, but holds hidden states and the head's weight
+instead of values. Scaling, tanh and casts are recorded on it, which is all that models do between head and loss; any
+other operation computes stock's logits first and runs on those.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ METADATA = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What stock does from hidden states to these logits: the head under this autocast state, then the recorded steps."""
+    """What stock does from hidden states to these logits: the head under this autocast state, then the recorded
+    steps.
+    """
 
     autocast: bool
     dtype: torch.dtype
@@ -63,7 +65,9 @@ class _Promise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
-        inputs = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needs, strict=True)]
+        inputs = [
+            None if t is None else t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needs, strict=True)
+        ]
         with torch.enable_grad():
             value = ctx.recipe.run(*inputs)
         found = iter(torch.autograd.grad(value, [t for t, n in zip(inputs, needs, strict=True) if n], grad))
@@ -103,8 +107,8 @@ class LazyLogits(Tensor):
                     "outputs.logits: expected the head of the forward pass, got one that was changed since (by "
                     "optimizer.step()?); read outputs.logits before that"
                 )
-            # The graph of these logits belongs to the model's forward: hooks of whoever looks first (a checkpointed function
-            # would count tensors that its recomputation doesn't save again) must not see it.
+            # The graph of these logits belongs to the model's forward: hooks of whoever looks first (a checkpointed
+            # function would count tensors that its recomputation doesn't save again) must not see it.
             with torch.set_grad_enabled(self.grad_mode), torch.autograd.graph.saved_tensors_hooks(_same, _same):
                 self.value = self.recipe.run(self.hidden, self.weight, self.bias)
         return self.value
@@ -176,7 +180,9 @@ def scale_and_softcap(lazy: LazyLogits) -> tuple[float, float] | None:
 
 
 def _operation(func: Any) -> str:
-    return {"__truediv__": "div", "true_divide": "div", "__mul__": "mul", "__rmul__": "mul"}.get(func.__name__, func.__name__)
+    return {"__truediv__": "div", "true_divide": "div", "__mul__": "mul", "__rmul__": "mul"}.get(
+        func.__name__, func.__name__
+    )
 
 
 def _number(args: tuple[Any, ...]) -> float | None:

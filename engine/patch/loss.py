@@ -1,9 +1,9 @@
 """The loss without logits: the model's own forward runs unchanged, only its head answers with a promise.
 
-When labels are given, the LM head returns ``LazyLogits``: a tensor in shape, dtype and type that holds hidden states and head instead of
-logits. What the model does between head and loss (logit scaling, soft-capping) is recorded on it, not computed. The causal-LM
-loss then runs on hidden states directly (``linear_cross_entropy``); ``outputs.logits`` stays the promise, and the first real operation
-on it computes stock's logits, with gradient.
+When labels are given, the LM head returns ``LazyLogits``: a tensor in shape, dtype and type that holds hidden states
+and head instead of logits. What the model does between head and loss (logit scaling, soft-capping) is recorded on it,
+not computed. The causal-LM loss then runs on hidden states directly (``linear_cross_entropy``); ``outputs.logits``
+stays the promise, and the first real operation on it computes stock's logits, with gradient.
 """
 
 from __future__ import annotations
@@ -104,10 +104,11 @@ def _causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """transformers' ForCausalLMLoss: token t predicts label t + 1, mean over trained tokens or sum / num_items_in_batch.
+    """transformers' ForCausalLMLoss: token t predicts label t + 1, mean over trained tokens or sum /
+    num_items_in_batch.
 
-    Real logits (under torch.compile, from a LoRA head, or after operations that are not scaling and soft-capping) get the row
-    kernel; its loss and gradient need no fp32 copy of the logits either.
+    Real logits (under torch.compile, from a LoRA head, or after operations that are not scaling and soft-capping) get
+    the row kernel; its loss and gradient need no fp32 copy of the logits either.
     """
     if logits.shape[-1] != vocab_size:
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)

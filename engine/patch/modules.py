@@ -1,4 +1,4 @@
-"""Fused forwards for the parts of a decoder layer. Each reads its module's state, computes, or returns stock's forward."""
+"""Fused forwards for the parts of a decoder layer: each reads its module's state and computes, or runs stock's."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class FusedTorchRMSNorm(FusedLayerNorm):
 
 
 class FusedLoRALinear(Fused):
-    """peft's LoRA on a dense linear: base GEMM and low-rank part in one function, several adapters one after another."""
+    """peft's LoRA on a dense linear: base GEMM and low-rank part in one function; several adapters in turn."""
 
     kind = "lora_linear"
     ops = ("lora_shrink", "lora_matmul", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
@@ -125,7 +125,7 @@ class FusedLoRALinear(Fused):
 
 
 class FusedOpaqueLoRALinear(FusedLoRALinear):
-    """peft's LoRA on a base layer that computes by itself (bitsandbytes, GPTQ, AWQ, HQQ ...): only the low-rank part is ours."""
+    """peft's LoRA on a base layer that computes by itself (bitsandbytes, GPTQ ...): only the low-rank part is ours."""
 
     ops = ("lora_shrink", "lora_grad_s_b", "lora_grad_a")
 
@@ -252,9 +252,8 @@ class FusedDropoutDecoderLayer(FusedDecoderLayer):
         return FusedDecoderLayer.fused_state(self)
 
 
-
 class FusedSandwichDecoderLayer(FusedDecoderLayer):
-    """Gemma 2 and 3: a norm behind each branch as well, ``x + post(attention(pre(x)))``; add and next norm are one pass."""
+    """Gemma 2 and 3: a norm behind each branch too, ``x + post(attention(pre(x)))``; add and next norm are one pass."""
 
     def fused_state(self: Any) -> str | None:
         norm = self.pre_feedforward_layernorm

@@ -48,7 +48,9 @@ class PatchReport:
         groups: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((row.kind, row.cls, row.impl, row.status, row.reason), []).append(row)
-        lines = [f"{'kind':<12} {'class':<22} {'n':>4}  {'status':<8} {'impl':<20} reason (first module; calls declined)"]
+        lines = [
+            f"{'kind':<12} {'class':<22} {'n':>4}  {'status':<8} {'impl':<20} reason (first module; calls declined)"
+        ]
         for (kind, cls, impl, status, reason), rows in groups.items():
             calls = sum(row.calls_declined for row in rows)
             note = f"{reason} ({rows[0].module}; {calls})" if reason else ""
@@ -60,7 +62,9 @@ class PatchReport:
 
 def build_report(model: nn.Module) -> PatchReport:
     """Read the state of every module now; nothing is computed and nothing changes."""
-    inside_lora = {id(child) for m in model.modules() if isinstance(m, LoraLayer) for child in m.modules() if child is not m}
+    inside_lora = {
+        id(child) for m in model.modules() if isinstance(m, LoraLayer) for child in m.modules() if child is not m
+    }
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, Fused) and is_fused(module):

@@ -1,8 +1,9 @@
 """Patch tables are data: exact class -> fused mixin, per family, with the transformers versions it was tested on.
 
-A transformers class that no table names is matched if its code is the same, statement by statement, as that of a class that a table
-names (transformers generates many families from one source). Sameness is checked on the syntax trees of ``forward`` and of
-everything it calls that is not a module or a tensor, so a match is exact by construction, and a family that changes stops matching.
+A transformers class that no table names is matched if its code is the same, statement by statement, as that of a
+class that a table names (transformers generates many families from one source). Sameness is checked on the syntax
+trees of ``forward`` and of everything it calls that is not a module or a tensor, so a match is exact by construction,
+and a family that changes stops matching.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from fuselora.engine.patch.swap import Fused
 
 @dataclass(frozen=True)
 class Rule:
-    """``path`` is ``module:Class``. ``methods`` and ``functions`` (of the class's module) are what a lookalike must share."""
+    """``path`` is ``module:Class``. ``methods`` and ``functions`` (of the class's module) are what a lookalike must
+    share.
+    """
 
     path: str
     mixin: type[Fused]
@@ -74,7 +77,9 @@ def looks_like(cls: type[nn.Module], rule: Rule) -> bool:
 
 @functools.cache
 def code_shape(fn: object) -> str | None:
-    """The syntax tree of a function's arguments' names and body, without docstring, annotations, defaults and decorators."""
+    """The syntax tree of a function's arguments' names and body, without docstring, annotations, defaults and
+    decorators.
+    """
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(fn)))  # type: ignore[arg-type]
     except (OSError, TypeError):  # no source: a frozen application or a C function

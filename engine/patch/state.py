@@ -1,7 +1,8 @@
 """What a linear layer computes *right now*: read at every call, because PEFT's state may change between any two.
 
-``read_projection`` answers with the tensors of a plain linear or of one active plain LoRA adapter on it, or with the reason
-why the layer's own forward must run. Nothing is cached: adapters are hot-swapped, scaled, switched, merged and moved.
+``read_projection`` answers with the tensors of a plain linear or of one active plain LoRA adapter on it, or with the
+reason why the layer's own forward must run. Nothing is cached: adapters are hot-swapped, scaled, switched, merged and
+moved.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ PLAIN_TENSORS = (nn.Parameter, Tensor)
 
 def bypass_reason(module: nn.Module) -> str | None:
     """Why calling a module's tensors without calling the module would lose something, or None."""
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{type(module).__name__} has hooks that the fused path would bypass"
     forward = module.__dict__.get("forward")
-    if forward is not None and getattr(forward, "__func__", None) not in (type(module).forward, stock_class(module).forward):
-        return f"{type(module).__name__} has a forward of its own on the instance (an accelerate hook or another patcher)"
+    if forward is not None and getattr(forward, "__func__", None) not in (
+        type(module).forward,
+        stock_class(module).forward,
+    ):
+        return (
+            f"{type(module).__name__} has a forward of its own on the instance (an accelerate hook or another patcher)"
+        )
     if torch.nn.modules.module._has_any_global_hook():
         return "hooks for all modules are registered (a profiler or FLOP counter?)"
     return None

@@ -1,12 +1,12 @@
 """The mechanism: swap ``module.__class__`` to a subclass with the same name, and back.
 
-A fused class is ``type(stock.__name__, (Mixin, stock), ...)``. Parameters, buffers, module names, state-dict keys, ``isinstance``
-and ``forward``'s signature stay stock, because nothing but the class of one instance changes; other models are untouched.
-Pickling a fused module stores its *stock* class, so that a file written with fuselora loads without it; ``copy.deepcopy``
-gives a fused copy.
+A fused class is ``type(stock.__name__, (Mixin, stock), ...)``. Parameters, buffers, module names, state-dict keys,
+``isinstance`` and ``forward``'s signature stay stock, because nothing but the class of one instance changes; other
+models are untouched. Pickling a fused module stores its *stock* class, so that a file written with fuselora loads
+without it; ``copy.deepcopy`` gives a fused copy.
 
-A mixin's ``forward`` computes what it can and returns ``super().forward(...)`` for everything else, after ``decline`` has
-counted the reason. Counts live outside the module, so that its ``__dict__`` is as stock left it.
+A mixin's ``forward`` computes what it can and returns ``super().forward(...)`` for everything else, after ``decline``
+has counted the reason. Counts live outside the module, so that its ``__dict__`` is as stock left it.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Fused:
 class _FusedInMemory:
     """A class that deep copies to the fused one and pickles to the stock one (``copy.copy`` of a class is the class).
 
-    A ``__deepcopy__`` on the module would be found through PEFT's wrappers too, whose ``__getattr__`` passes every unknown
-    name on to the model inside: the copy of a ``PeftModel`` would be its base model.
+    A ``__deepcopy__`` on the module would be found through PEFT's wrappers too, whose ``__getattr__`` passes every
+    unknown name on to the model inside: the copy of a ``PeftModel`` would be its base model.
     """
 
     def __init__(self, fused: type[nn.Module], stock: type[nn.Module]) -> None:

@@ -3,7 +3,8 @@
     import fuselora
     model = fuselora.patch_model(model)
 
-Nothing heavy is imported here: names load on first use, so any import order works and ``import fuselora`` changes no global.
+Nothing heavy is imported here: names load on first use, so any import order works and ``import fuselora`` changes no
+global.
 """
 
 from __future__ import annotations

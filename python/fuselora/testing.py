@@ -4,8 +4,8 @@ A result passes when it is about as close to the fp64 truth as stock PyTorch get
 
     err(kernel, truth) <= k * err(eager, truth) + one rounding of the dtype
 
-for both the largest error and the root-mean-square error, with k = 1.5 (2.5 for long reductions). Tolerances follow from
-the data, so they can neither be picked by hand nor be loosened for one test.
+for both the largest error and the root-mean-square error, with k = 1.5 (2.5 for long reductions). Tolerances follow
+from the data, so they can neither be picked by hand nor be loosened for one test.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ def assert_kernel_close(
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
     """Fill every uninitialised tensor with NaN, so that an output the kernel forgot to write is seen."""
-    was, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    switches: Any = torch.utils.deterministic
+    was, fill = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    switches.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        switches.fill_uninitialized_memory = fill
 
 
 def run_with_grads(
@@ -82,7 +83,9 @@ def run_with_grads(
     upstream = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype) for y in roots]
     # The fp64 truth must see the same upstream gradient as the low-precision run: values bf16 represents exactly.
     upstream = [g.bfloat16().to(g.dtype) for g in upstream]
-    grads = torch.autograd.grad(roots, inputs, upstream, allow_unused=True) if roots and inputs else [None] * len(inputs)
+    grads = (
+        torch.autograd.grad(roots, inputs, upstream, allow_unused=True) if roots and inputs else [None] * len(inputs)
+    )
     return [y.detach() for y in outputs], list(grads)
 
 
@@ -96,11 +99,11 @@ def assert_function_close(record: Function, sample: Sample, eager_sample: Sample
     true_outputs, true_grads = run_with_grads(record.eager, twin, dtype=torch.float64)
     for i, (actual, truth, eager) in enumerate(zip(outputs, true_outputs, eager_outputs, strict=True)):
         assert_kernel_close(actual, truth, eager, name=f"{record.name}[{sample.name}] output {i}", k=k)
-    for i, (actual, truth, eager) in enumerate(zip(grads, true_grads, eager_grads, strict=True)):
+    for i, (grad, true_grad, eager_grad) in enumerate(zip(grads, true_grads, eager_grads, strict=True)):
         where = f"{record.name}[{sample.name}] gradient of input {i}"
-        assert (actual is None) == (truth is None), f"{where}: {'missing' if actual is None else 'unexpected'}"
-        if actual is not None and truth is not None and eager is not None:
-            assert_kernel_close(actual, truth, eager, name=where, k=k)
+        assert (grad is None) == (true_grad is None), f"{where}: {'missing' if grad is None else 'unexpected'}"
+        if grad is not None and true_grad is not None and eager_grad is not None:
+            assert_kernel_close(grad, true_grad, eager_grad, name=where, k=k)
 
 
 def saved_bytes(fn: Callable[[], Any]) -> int:

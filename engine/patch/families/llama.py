@@ -1,6 +1,7 @@
 """Llama 1-3.x, and what shares its code: Yi, Vicuna, Phi-4 as Llama, SmolLM ...
 
-Also home of the pieces that other tables share by class: every family has its own copies of these classes in transformers.
+Also home of the pieces that other tables share by class: every family has its own copies of these classes in
+transformers.
 """
 
 from fuselora.engine.patch.attention import FusedAttention
