@@ -120,7 +120,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None) -> VerifyRe
     dtype = _compute_dtype(model, device)
     kept = {p: p.grad for p in model.parameters()}
     with ExitStack() as stack:
-        stack.callback(lambda: [setattr(p, "grad", grad) for p, grad in kept.items()])
+        stack.callback(_put_back, kept)
         notes = stack.enter_context(_without_dropout(model))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         for parameter in kept:
@@ -154,6 +154,11 @@ def _run(model: nn.Module, inputs: dict[str, Any]) -> _Run:
     logits = logits.detach()
     loss.backward()
     return _Run(loss.detach(), logits, {n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+
+
+def _put_back(grads: dict[nn.Parameter, Tensor | None]) -> None:
+    for parameter, grad in grads.items():
+        parameter.grad = grad
 
 
 def _judge(ours: _Run, stock: _Run, truth: _Run, dtype: torch.dtype, notes: list[str]) -> VerifyResult:
@@ -319,7 +324,7 @@ def _fp64_copy(model: nn.Module) -> nn.Module:
     exact = copy.deepcopy(model, doubled)
     for module in exact.modules():
         if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing = False
+            setattr(module, "gradient_checkpointing", False)  # noqa: B010  (mypy: modules declare no such attribute)
     return exact
 
 
