@@ -38,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **HEAD,
         **WINDOW,
         "query_pre_attn_scalar": 12,
+        "attn_implementation": "eager",  # SDPA has no soft-capping; transformers 5.17 would choose it all the same
         "attn_logit_softcapping": 3.0,
         "final_logit_softcapping": 2.0,
     },
@@ -56,11 +57,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def base_model(family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0, **config: Any) -> PreTrainedModel:
     """A stock causal LM. ``config`` overrides the family's sizes and options."""
     settings = {**SIZES, **FAMILIES.get(family, {}), **config}
-    attention = settings.pop("attn_implementation", None)  # None: transformers' default, eager for gemma2, else sdpa
+    attention = settings.pop("attn_implementation", "sdpa")
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), attn_implementation=attention)
     randomize(model)
-    return model.to(dtype)
+    return double_parameters(model) if dtype == torch.float64 else model.to(dtype)
+
+
+def double_parameters(model: nn.Module) -> nn.Module:
+    """fp64 in place, but not the buffers: a rotary table is an input of the computation, not a result."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    return model
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tests.support.models import double_parameters
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -92,8 +93,8 @@ def projection(logits: Tensor, seed: int) -> Tensor:
 
 
 def double_copy(model: nn.Module) -> nn.Module:
-    """A copy in fp64. Buffers keep their values: a rotary table is an input of the computation, not a result."""
-    return copy.deepcopy(model).double()
+    """A copy with its parameters in fp64."""
+    return double_parameters(copy.deepcopy(model))
 
 
 def to_double(inputs: Batch) -> dict[str, Any]:

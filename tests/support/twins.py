@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tests.support.models import batch, lora_model
+from peft import LoraConfig, PeftModel
+from tests.support.models import batch, fill_adapters, lora_model
 from tests.support.parity import Batch, Run, StayDouble, assert_same_results, run
 from torch import nn
 
 import fuselora
+from fuselora.engine.patch import Row
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3}
 SMALL = {**SMALL, "num_key_value_heads": 1}
@@ -36,7 +38,7 @@ class Twins:
         assert_same_results(ours, stock, rtol=rtol)
         return stock
 
-    def rows(self, status: str | None = None, kind: str | None = None) -> list[fuselora.PatchReport]:
+    def rows(self, status: str | None = None, kind: str | None = None) -> list[Row]:
         """Rows of ours' report."""
         rows = fuselora.patch_report(self.ours).rows
         return [r for r in rows if status in (None, r.status) and kind in (None, r.kind)]
@@ -53,3 +55,15 @@ def twins_of(stock: nn.Module, **options: Any) -> Twins:
 def small_twins(family: str = "llama", lora: dict[str, Any] | None = None, **config: Any) -> Twins:
     """One-layer twins in fp64, patched strictly."""
     return twins_of(lora_model(family, torch.float64, lora=lora, **{**SMALL, **config}), strict=True)
+
+
+def add_adapter(name: str, seed: int = 5, **lora: Any) -> Callable[[PeftModel], None]:
+    """The change ``model.add_adapter``, the same on both twins and with values in lora_B."""
+    config = {"r": 3, "lora_alpha": 2, "target_modules": "all-linear", **lora}
+
+    def change(model: PeftModel) -> None:
+        torch.manual_seed(seed)
+        model.add_adapter(name, LoraConfig(**config))
+        fill_adapters(model, seed, name)
+
+    return change

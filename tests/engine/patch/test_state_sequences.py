@@ -15,10 +15,9 @@ import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
-from tests.support.models import batch, fill_adapters
-from tests.support.twins import Twins, small_twins
+from tests.support.models import batch
+from tests.support.twins import Twins, add_adapter, small_twins
 from torch import nn
 
 import fuselora
@@ -62,13 +61,7 @@ class Operations(RuleBasedStateMachine):
     @rule(kind=st.sampled_from(sorted(ADAPTERS)), seed=st.integers(0, 3))
     def add(self, kind: str, seed: int) -> None:
         name = next(n for n in NAMES if n not in self.adapters())
-
-        def change(model: Any) -> None:
-            torch.manual_seed(seed)
-            model.add_adapter(name, LoraConfig(**{"r": 3, "lora_alpha": 4, **ADAPTERS[kind]}))
-            fill_adapters(model, seed, name)
-
-        self.twins.both(change)
+        self.twins.both(add_adapter(name, seed, **ADAPTERS[kind]))
 
     @precondition(lambda self: not self.merged() and len(self.adapters()) > 1)
     @rule(data=st.data())
