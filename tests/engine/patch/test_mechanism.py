@@ -136,7 +136,7 @@ after = snapshot()
 changed = [key for key in before if before[key] is not after[key] and before[key] != after[key]]
 assert not changed, changed
 """
-    subprocess.run([sys.executable, "-c", program, str(Path.cwd())], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program, str(Path(__file__).parents[3])], check=True, timeout=120)
 
 
 def test_deepcopy_stays_patched_and_is_independent() -> None:
