@@ -15,7 +15,10 @@ mask. Every projection has its own rank, scale, dropout, biases, or no adapter a
 
 Numerics: GEMMs run in the compute dtype (autocast's, else X's) with fp32 accumulation; adapters of another dtype (PEFT
 keeps fp32 adapters on a bf16 base) are cast once per call, r x (K + N) elements, instead of casting X, M x K; their
-gradients have the adapters' dtype. No atomics: same inputs give the same bits.
+gradients have the adapters' dtype. Stock multiplies fp32 adapters in fp32 unless autocast rounds them. Rounding them to
+bf16 would err the same way on every token, so they are *split*, A = A_hi + A_lo with both parts in bf16, and the parts
+are stacked along the rank: 16 significant bits for GEMMs of rank 2r, whose time is the time to read X or dY anyway.
+No atomics: same inputs give the same bits.
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3; the backward is the chain rule.
 """
 
@@ -34,7 +37,8 @@ from .registry import Cost, Sample, define
 class LoRA(NamedTuple):
     """One adapter: a [r, K], b [N, r], scaling, dropout probability p, bias [N] or None (PEFT's lora_bias).
 
-    ``seed`` names the dropout mask (see dropout.py); None until one is drawn.
+    ``seed`` names the dropout mask (see dropout.py); None until one is drawn. ``split``: a and b are wider than the
+    compute dtype and enter GEMMs in two parts.
     """
 
     a: Tensor
@@ -43,6 +47,7 @@ class LoRA(NamedTuple):
     p: float = 0.0
     bias: Tensor | None = None
     seed: Tensor | None = None
+    split: bool = False
 
 
 class Projection(NamedTuple):
@@ -160,7 +165,10 @@ LORA_MATMUL = define(
 LORA_GRAD_S_B = define(
     "lora_grad_s_b(Tensor dy, Tensor s, Tensor b, ScalarType dtype) -> (Tensor ds, Tensor db)",
     reference=_grad_s_b,
-    fake=lambda dy, s, b, dtype: (dy.new_empty(dy.shape[0], b.shape[1]), torch.empty_like(b, dtype=dtype)),
+    fake=lambda dy, s, b, dtype: (
+        dy.new_empty(dy.shape[0], b.shape[1]),
+        dy.new_empty(dy.shape[1], s.shape[1], dtype=dtype),
+    ),
     samples=_grad_s_b_samples,
     cost=lambda dy, s, b, dtype: Cost(_cost(dy, s, b), 4 * dy.numel() * b.shape[1]),
     long_reduction=True,
@@ -189,9 +197,32 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+def _parts(t: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
+    """t = hi + lo, both in ``dtype``, stacked along the rank dimension."""
+    hi = t.to(dtype)
+    return torch.cat((hi, (t - hi).to(dtype)), dim=dim)
+
+
+def _fold(parts: Tensor) -> Tensor:
+    """[M, 2r] -> [M, r]: the products with hi and lo, added."""
+    hi, lo = parts.chunk(2, dim=1)
+    return hi + lo
+
+
+def twice(s: Tensor, lora: LoRA) -> Tensor:
+    """What meets a stacked (hi, lo) in a GEMM: s beside itself."""
+    return torch.cat((s, s), dim=1) if lora.split else s
+
+
+def compute_a(lora: LoRA, dtype: torch.dtype) -> Tensor:
+    """A in the compute dtype: [r, K], or [2r, K] in two parts."""
+    return _parts(lora.a, dtype, 0) if lora.split else _cast(lora.a, dtype)
+
+
 def scaled_b(lora: LoRA, dtype: torch.dtype) -> Tensor:
-    """s B in the compute dtype, rounded once."""
-    return _cast(lora.b if lora.scaling == 1.0 else lora.b * lora.scaling, dtype)
+    """s B in the compute dtype: [N, r], rounded once, or [N, 2r] in two parts."""
+    scaled = lora.b if lora.scaling == 1.0 else lora.b * lora.scaling
+    return _parts(scaled, dtype, 1) if lora.split else _cast(scaled, dtype)
 
 
 def _combined_bias(proj: Projection, dtype: torch.dtype) -> Tensor | None:
@@ -202,27 +233,29 @@ def _combined_bias(proj: Projection, dtype: torch.dtype) -> Tensor | None:
 
 
 def shared_a(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
-    """The A's of all projections without dropout, stacked to [sum r_i, K]; None if there are none."""
-    parts = [_cast(p.lora.a, dtype) for p in projections if p.lora is not None and p.lora.p == 0.0]
+    """The A's of all projections without dropout, stacked along the rank; None if there are none."""
+    parts = [compute_a(p.lora, dtype) for p in projections if p.lora is not None and p.lora.p == 0.0]
     return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def shrink(x: Tensor, projections: Sequence[Projection]) -> list[Tensor | None]:
-    """S_i for each projection, None without adapter. Those without dropout are column ranges of one GEMM's output."""
+    """S_i [M, r_i] for each projection, None without adapter. Those without dropout come from one GEMM."""
     a = shared_a(projections, x.dtype)
     shared = None if a is None else torch.ops.fuselora.lora_shrink(x, a)
     out: list[Tensor | None] = []
     column = 0
-    for proj in projections:
-        if proj.lora is None:
+    for _, _, lora in projections:
+        if lora is None:
             out.append(None)
-        elif proj.lora.p > 0.0:
-            dropped = torch.ops.fuselora.dropout(x, proj.lora.seed, proj.lora.p)
-            out.append(torch.ops.fuselora.lora_shrink(dropped, _cast(proj.lora.a, x.dtype)))
+            continue
+        if lora.p > 0.0:
+            dropped = torch.ops.fuselora.dropout(x, lora.seed, lora.p)
+            s = torch.ops.fuselora.lora_shrink(dropped, compute_a(lora, x.dtype))
         else:
-            rank = proj.lora.a.shape[0]
-            out.append(shared[:, column : column + rank])
-            column += rank
+            width = lora.a.shape[0] * (2 if lora.split else 1)
+            s = shared[:, column : column + width]
+            column += width
+        out.append(_fold(s) if lora.split else s)
     return out
 
 
@@ -231,19 +264,31 @@ def project(x: Tensor, proj: Projection, s: Tensor | None) -> Tensor:
     weight, bias = _cast(proj.weight, x.dtype), _combined_bias(proj, x.dtype)
     if s is None:
         return torch.nn.functional.linear(x, weight, bias)
-    return torch.ops.fuselora.lora_matmul(x, weight, bias, s, scaled_b(proj.lora, x.dtype))
+    return torch.ops.fuselora.lora_matmul(x, weight, bias, twice(s, proj.lora), scaled_b(proj.lora, x.dtype))
+
+
+def output_grads(dy: Tensor, s: Tensor, lora: LoRA) -> tuple[Tensor, Tensor]:
+    """(dS [M, r], dB [N, r]) of one adapter."""
+    ds, db = torch.ops.fuselora.lora_grad_s_b(dy, s, scaled_b(lora, dy.dtype), lora.b.dtype)
+    return (_fold(ds) if lora.split else ds), db.mul_(lora.scaling)
+
+
+def delta_input_grad(ds: Tensor, lora: LoRA) -> Tensor:
+    """dS A, masked again behind dropout: one adapter's part of dX."""
+    dx = torch.mm(twice(ds, lora), compute_a(lora, ds.dtype))
+    return dx if lora.p == 0.0 else torch.ops.fuselora.dropout(dx, lora.seed, lora.p)
 
 
 def _input_grad(
     dys: Sequence[Tensor], projections: Sequence[Projection], dss: Sequence[Tensor | None], dtype: torch.dtype
 ) -> Tensor:
     """dX = sum_i dY_i W_i + dS_i A_i; the parts behind a dropout mask are masked again."""
-    plain = [i for i, p in enumerate(projections) if p.lora is not None and p.lora.p == 0.0]
-    ds, a = _concat([dss[i] for i in plain]), shared_a(projections, dtype)
+    plain = [(ds, p.lora) for ds, p in zip(dss, projections, strict=True) if p.lora is not None and p.lora.p == 0.0]
+    ds, a = _concat([twice(ds, lora) for ds, lora in plain]), shared_a(projections, dtype)
     dx = torch.ops.fuselora.lora_grad_x(list(dys), [_cast(p.weight, dtype) for p in projections], ds, a)
     for (_, _, lora), part in zip(projections, dss, strict=True):
         if lora is not None and lora.p > 0.0:
-            dx.add_(torch.ops.fuselora.dropout(torch.mm(part, _cast(lora.a, dtype)), lora.seed, lora.p))
+            dx.add_(delta_input_grad(part, lora))
     return dx
 
 
@@ -306,8 +351,8 @@ def projections_backward(
             dbias = column_sum.to(bias.dtype) if need[1] else None
             dlora_bias = (column_sum * lora.scaling).to(lora.bias.dtype) if need[4] else None
         if lora is not None:
-            ds, db = torch.ops.fuselora.lora_grad_s_b(dy, s, scaled_b(lora, dtype), lora.b.dtype)
-            db = db.mul_(lora.scaling) if need[3] else None
+            ds, db = output_grads(dy, s, lora)
+            db = db if need[3] else None
         dss.append(ds)
         found.append(ProjectionGrads(None, dbias, None, db, dlora_bias))
     dx = _input_grad(dys, projections, dss, dtype) if need_dx else None

@@ -16,42 +16,53 @@ from .lora import (
     LoRA,
     Projection,
     compute_dtype,
+    delta_input_grad,
     no_autocast,
+    output_grads,
     project,
     projections_backward,
     scaled_b,
     shrink,
+    twice,
 )
 from .registry import Sample, function
 
 FIELDS = 6  # tensors per projection in a flat argument list: weight, bias, a, b, lora_bias, seed
 
-Static = tuple[tuple[float, float] | None, ...]
+Static = tuple[tuple[float, float, bool] | None, ...]
 
 
 def flatten(projections: Sequence[Projection]) -> tuple[list[Tensor | None], Static]:
-    """(tensors for ``Function.apply``, (scaling, p) per projection or None without adapter)."""
+    """(tensors for ``Function.apply``, (scaling, p, split) per projection or None without adapter)."""
     tensors: list[Tensor | None] = []
     for weight, bias, lora in projections:
         tensors += [weight, bias, *((None,) * 4 if lora is None else (lora.a, lora.b, lora.bias, lora.seed))]
-    return tensors, tuple(None if p.lora is None else (p.lora.scaling, p.lora.p) for p in projections)
+    return tensors, tuple(None if p.lora is None else (p.lora.scaling, p.lora.p, p.lora.split) for p in projections)
 
 
 def unflatten(tensors: Sequence[Tensor | None], static: Static) -> list[Projection]:
     """Inverse of ``flatten``."""
     projections = []
-    for i, pair in enumerate(static):
+    for i, options in enumerate(static):
         weight, bias, a, b, lora_bias, seed = tensors[FIELDS * i : FIELDS * (i + 1)]
-        projections.append(Projection(weight, bias, None if pair is None else LoRA(a, b, *pair, lora_bias, seed)))
+        lora = None
+        if options is not None:
+            scaling, p, split = options
+            lora = LoRA(a, b, scaling, p, lora_bias, seed, split)
+        projections.append(Projection(weight, bias, lora))
     return projections
 
 
-def with_seed(projection: Projection) -> Projection:
-    """Draw the dropout seed if the adapter drops anything and has none: each adapter has its own mask, as in PEFT."""
+def prepare(projection: Projection, x: Tensor) -> Projection:
+    """Settle what the call depends on: the dropout seed (each adapter has its own mask, as in PEFT) and the split."""
     lora = projection.lora
-    if lora is None or lora.p == 0.0 or lora.seed is not None:
-        return projection
-    return projection._replace(lora=lora._replace(seed=draw_seed()))
+    return projection if lora is None else projection._replace(lora=prepare_lora(lora, x, compute_dtype(x)))
+
+
+def prepare_lora(lora: LoRA, x: Tensor, dtype: torch.dtype) -> LoRA:
+    wider = torch.finfo(lora.a.dtype).bits > torch.finfo(dtype).bits
+    seed = draw_seed() if lora.p > 0.0 and lora.seed is None else lora.seed
+    return lora._replace(seed=seed, split=wider and not torch.is_autocast_enabled(x.device.type))
 
 
 def rows(x: Tensor) -> Tensor:
@@ -92,36 +103,36 @@ class _LoRALinears(torch.autograd.Function):
 
 class _LoRADelta(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, x, scaling, p, a, b, bias, seed):
-        proj = Projection(b, None, LoRA(a, b, scaling, p, bias, seed))
+    def forward(ctx, y, x, options, a, b, bias, seed):
+        scaling, p, split = options
+        lora = LoRA(a, b, scaling, p, bias, seed, split)
         with no_autocast(x):
             x2, y2 = rows(x).to(y.dtype), rows(y)
-            (s,) = shrink(x2, [proj])
+            (s,) = shrink(x2, [Projection(b, None, lora)])
             base = y2 if bias is None else y2 + (bias * scaling).to(y.dtype)
-            out = torch.addmm(base, s, scaled_b(proj.lora, y.dtype).t())
+            out = torch.addmm(base, twice(s, lora), scaled_b(lora, y.dtype).t())
         ctx.save_for_backward(x2, s, a, b, bias, seed)
-        ctx.scaling, ctx.p, ctx.shape, ctx.dtype = scaling, p, x.shape, x.dtype
+        ctx.options, ctx.shape, ctx.dtype = options, x.shape, x.dtype
         return out.view(y.shape)
 
     @staticmethod
     def backward(ctx, dy):
         x2, s, a, b, bias, seed = ctx.saved_tensors
-        lora, needs = LoRA(a, b, ctx.scaling, ctx.p, bias, seed), ctx.needs_input_grad
+        scaling, p, split = ctx.options
+        lora, needs = LoRA(a, b, scaling, p, bias, seed, split), ctx.needs_input_grad
         dx = da = dbias = None
         with no_autocast(x2):
             dy2 = rows(dy)
-            ds, db = torch.ops.fuselora.lora_grad_s_b(dy2, s, scaled_b(lora, x2.dtype), b.dtype)
-            if needs[4]:
-                dropped = x2 if lora.p == 0.0 else torch.ops.fuselora.dropout(x2, seed, lora.p)
+            ds, db = output_grads(dy2, s, lora)
+            if needs[3]:
+                dropped = x2 if p == 0.0 else torch.ops.fuselora.dropout(x2, seed, p)
                 da = torch.ops.fuselora.lora_grad_a(ds, dropped, a.dtype)
             if needs[1]:
-                dx = torch.mm(ds, a.to(x2.dtype))
-                dx = dx if lora.p == 0.0 else torch.ops.fuselora.dropout(dx, seed, lora.p)
-                dx = dx.view(ctx.shape).to(ctx.dtype)
-            if needs[6]:
+                dx = delta_input_grad(ds, lora).view(ctx.shape).to(ctx.dtype)
+            if needs[5]:
                 acc = torch.promote_types(dy.dtype, torch.float32)
-                dbias = (dy2.sum(0, dtype=acc) * lora.scaling).to(bias.dtype)
-        return dy, dx, None, None, da, db.mul_(lora.scaling) if needs[5] else None, dbias, None
+                dbias = (dy2.sum(0, dtype=acc) * scaling).to(bias.dtype)
+        return dy, dx, None, da, db if needs[4] else None, dbias, None
 
 
 def check_projection(op: str, name: str, x: Tensor, proj: Projection) -> None:
@@ -161,7 +172,7 @@ def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, 
     checks.check_float("lora_linears", "x", x)
     for i, proj in enumerate(projections):
         check_projection("lora_linears", f"projections[{i}]", x, proj)
-    tensors, static = flatten([with_seed(p) for p in projections])
+    tensors, static = flatten([prepare(p, x) for p in projections])
     return _LoRALinears.apply(x, compute_dtype(x), static, *tensors)
 
 
@@ -183,9 +194,8 @@ def lora_delta(y: Tensor, x: Tensor, lora: LoRA) -> Tensor:
     checks.check_float("lora_delta", "y", y)
     checks.check_float("lora_delta", "x", x)
     check_lora("lora_delta", "lora", x, lora, y.shape[-1])
-    if lora.p > 0.0 and lora.seed is None:
-        lora = lora._replace(seed=draw_seed())
-    return _LoRADelta.apply(y, x, lora.scaling, lora.p, lora.a, lora.b, lora.bias, lora.seed)
+    lora = prepare_lora(lora, x, y.dtype)
+    return _LoRADelta.apply(y, x, (lora.scaling, lora.p, lora.split), lora.a, lora.b, lora.bias, lora.seed)
 
 
 def eager_projection(x: Tensor, proj: Projection) -> Tensor:

@@ -25,11 +25,11 @@ from .lora_linear import (
     check_projection,
     eager_projection,
     flatten,
+    prepare,
     rows,
     sample_projection,
     unflatten,
     unrows,
-    with_seed,
 )
 from .registry import Sample, function
 
@@ -81,7 +81,7 @@ def _apply(x: Tensor, inputs: list[Projection], down: Projection, act: str) -> T
     checks.check_float("lora_mlp", "x", x)
     checks.check_dim("lora_mlp", "down.weight", down.weight, 1, width)
     checks.check_choice("lora_mlp", "act", act, glu.ACTIVATIONS)
-    tensors, static = flatten([with_seed(p) for p in (*inputs, down)])
+    tensors, static = flatten([prepare(p, x) for p in (*inputs, down)])
     return _LoRAMLP.apply(x, act, compute_dtype(x), static, *tensors)
 
 

@@ -33,9 +33,7 @@ METADATA = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What stock does from hidden states to these logits: the head under this autocast state, then the recorded
-    steps.
-    """
+    """What stock does from hidden states to these logits: the head in this autocast state, then the recorded steps."""
 
     autocast: bool
     dtype: torch.dtype
@@ -43,7 +41,9 @@ class Recipe:
 
     def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with torch.autocast(hidden.device.type, dtype=self.dtype if self.autocast else None, enabled=self.autocast):
-            value = nn.functional.linear(hidden, weight, bias)
+            return self.replay(nn.functional.linear(hidden, weight, bias))
+
+    def replay(self, value: Tensor) -> Tensor:
         for func, args, kwargs in self.steps:
             value = func(value, *args, **kwargs)
         return value
@@ -75,7 +75,9 @@ class _Promise(torch.autograd.Function):
 
 
 class LazyLogits(Tensor):
-    """The promise. ``value`` is None until the logits have been computed."""
+    """The promise. ``value`` is None until the logits have been computed; ``head`` is the promise that steps were
+    recorded on, so that all derived ones share one head GEMM.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -84,6 +86,7 @@ class LazyLogits(Tensor):
     grad_mode: bool
     versions: tuple[int, ...]
     value: Tensor | None
+    head: LazyLogits | None
 
     @staticmethod
     def make(hidden: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe | None = None) -> LazyLogits:
@@ -93,6 +96,7 @@ class LazyLogits(Tensor):
         lazy = _Promise.apply(hidden, weight, bias, recipe)
         lazy.hidden, lazy.weight, lazy.bias, lazy.recipe = hidden, weight, bias, recipe
         lazy.grad_mode, lazy.versions, lazy.value = torch.is_grad_enabled(), _versions(weight, bias), None
+        lazy.head = None
         return lazy
 
     def compute(self) -> Tensor:
@@ -101,7 +105,11 @@ class LazyLogits(Tensor):
         Raises:
             RuntimeError: the head was changed since the forward (a trained head after ``optimizer.step()``).
         """
-        if self.value is None:
+        if self.value is None and self.head is not None:
+            head = self.head.compute()
+            with torch.set_grad_enabled(self.grad_mode), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+                self.value = self.recipe.replay(head)
+        elif self.value is None:
             if _versions(self.weight, self.bias) != self.versions:
                 raise RuntimeError(
                     "outputs.logits: expected the head of the forward pass, got one that was changed since (by "
@@ -135,7 +143,7 @@ class LazyLogits(Tensor):
         recipe = Recipe(self.recipe.autocast, self.recipe.dtype, (*self.recipe.steps, (func, args, kwargs)))
         with torch.set_grad_enabled(self.grad_mode and func is not Tensor.detach):
             lazy = LazyLogits.make(self.hidden, self.weight, self.bias, recipe)
-        lazy.versions = self.versions
+        lazy.versions, lazy.head = self.versions, self if self.head is None else self.head
         return lazy
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]

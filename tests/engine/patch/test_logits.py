@@ -297,3 +297,15 @@ def test_whole_model_keeps_less_than_stock() -> None:
     inputs = batch(2, 64)
     theirs, mine = (activation_bytes(m, lambda m=m: m(**inputs).loss) for m in pair(dtype=torch.bfloat16, **config))
     assert mine < 0.2 * theirs, f"{mine} bytes, stock {theirs}: {mine / theirs:.3f}"
+
+
+def test_derived_promises_share_one_head(monkeypatch):
+    """detach() and scaling record on the same promise: one head GEMM, and a head that changes later no longer matters."""
+    model = fuselora.patch_model(lora_model("llama", lora={"modules_to_save": ["lm_head"]}))
+    out = model(**batch())
+    detached = out.logits.detach()
+    first = (detached + 0).clone()
+    with torch.no_grad():
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.add_(1.0)
+    assert torch.equal(out.logits + 0, first)
