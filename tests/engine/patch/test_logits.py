@@ -300,7 +300,7 @@ def test_whole_model_keeps_less_than_stock() -> None:
 
 
 def test_derived_promises_share_one_head(monkeypatch):
-    """detach() and scaling record on the same promise: one head GEMM, and a head that changes later no longer matters."""
+    """detach() and scaling record on one promise: one head GEMM, and a head that changes later no longer matters."""
     model = fuselora.patch_model(lora_model("llama", lora={"modules_to_save": ["lm_head"]}))
     out = model(**batch())
     detached = out.logits.detach()
