@@ -60,7 +60,7 @@ class Recipe:
     batch: int = 4
     steps: int = 1200
     learning_rate: float = 4e-3
-    logit_penalty: float = 0.02  # halves the logits, hence their rounding errors, for 0.02 nats
+    logit_penalty: float = 0.02  # smaller logits: their rounding errors fall to a third, for 0.02 nats
     seed: int = 0
 
     @property
