@@ -201,8 +201,11 @@ def judge(suite: Suite, args: argparse.Namespace, passes_at_least: int, fused_at
         print(f"{suite.name}: expected at least {passes_at_least} stock passes: the suite is not set up right")
         return 1
     patched = suite.run(patched=True, mutate=args.mutate)
+    CACHE.mkdir(parents=True, exist_ok=True)
     (CACHE / f"{suite.name}-patched.json").write_text(json.dumps(vars(patched)))
-    print(f"{suite.name}: patched  {patched.summary()}; {json.dumps(patched.counters)}", flush=True)
+    print(f"{suite.name}: patched  {patched.summary()}", flush=True)
+    for name, count in sorted(patched.counters.items(), key=lambda item: -item[1]):
+        print(f"    {count:>7}  {name}")
     regressions, unstable = differences(stock, patched), []
     if 0 < len(regressions) <= RERUN_AT_MOST:
         regressions, unstable, rerun = confirm(suite, regressions, args.mutate)

@@ -59,11 +59,13 @@ def replace_op(patch: Patch, name: str, wrong: Callable[..., Any]) -> None:
 
 
 def dropped_scale_in_forward(patch: Patch) -> None:
-    patch.setattr(lora, "scaled_b", lambda adapter, dtype: adapter.b.to(dtype))
+    right = lora.scaled_b
+    patch.setattr(lora, "scaled_b", lambda adapter, dtype: right(adapter._replace(scaling=1.0), dtype))
 
 
 def scale_off_by_a_tenth(patch: Patch) -> None:
-    patch.setattr(lora, "scaled_b", lambda adapter, dtype: (adapter.b * adapter.scaling * 1.1).to(dtype))
+    right = lora.scaled_b
+    patch.setattr(lora, "scaled_b", lambda adapter, dtype: right(adapter, dtype) * 1.1)
 
 
 def dropped_scale_of_grad_b(patch: Patch) -> None:
