@@ -20,6 +20,7 @@ from plugin import COUNTERS
 from torch import nn
 
 from fuselora.engine.patch import patch_model
+from fuselora.engine.patch.swap import is_fused
 from fuselora.kernels.registry import FUNCTIONS
 
 _inside = threading.local()
@@ -50,9 +51,11 @@ def itself(returned: object, self: nn.Module, *args: object) -> nn.Module:
 
 def patch_everything_peft_builds() -> None:
     from peft import PeftMixedModel, PeftModel
+    from peft.tuners import lora
     from peft.tuners.tuners_utils import BaseTuner
 
     count_calls("lora_")
+    lora.Linear.forward = count_unpatched(lora.Linear.forward)  # type: ignore[method-assign]
     for owner, names in (
         (PeftModel, ("__init__", "add_adapter", "load_adapter")),
         (PeftMixedModel, ("__init__", "add_adapter", "load_adapter")),
@@ -87,11 +90,27 @@ def engine_references() -> Iterator[tuple[types.ModuleType, str, Callable[..., A
 
 
 def count_calls(prefix: str) -> None:
-    """Count the engine's calls of public kernel functions named `prefix`...: each under its name, all as "fused"."""
+    """Count the engine's calls of public kernel functions named `prefix`...: each under its name, all as "fused".
+
+    Calls that the engine hands to the stock forward are counted as "declined" and by reason.
+    """
+    rebind("decline", count_declined)
     public = {*FUNCTIONS, "lora_linear"}  # lora_linear is lora_linears of one projection
     for module, name, function in engine_references():
         if name in public and name.startswith(prefix):
             setattr(module, name, counted(function))
+
+
+def count_unpatched(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Count calls on LoRA layers that escaped the hook: stock by class, not by a decision of the engine."""
+
+    @functools.wraps(forward)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not is_fused(self) and not torch.compiler.is_compiling():
+            COUNTERS[f"unpatched {type(self).__module__}.{type(self).__name__}"] += 1
+        return forward(self, *args, **kwargs)
+
+    return wrapper
 
 
 def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,6 +120,16 @@ def counted(function: Callable[..., Any]) -> Callable[..., Any]:
             COUNTERS["fused"] += 1
             COUNTERS[function.__name__] += 1
         return function(*args, **kwargs)
+
+    return wrapper
+
+
+def count_declined(decline: Callable[..., None]) -> Callable[..., None]:
+    def wrapper(module: nn.Module, reason: str) -> None:
+        if not torch.compiler.is_compiling():
+            COUNTERS["declined"] += 1
+            COUNTERS[f"{type(module).__name__}: {reason}"] += 1
+        decline(module, reason)
 
     return wrapper
 
