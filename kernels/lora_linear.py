@@ -71,8 +71,10 @@ def rows(x: Tensor) -> Tensor:
 
 
 def unrows(y: Tensor, like: Tensor) -> Tensor:
-    """[M, N] -> [..., N] with the leading dimensions of ``like``."""
-    return y.view(*like.shape[:-1], y.shape[-1])
+    """[M, N] -> [..., N] with the leading dimensions of ``like``. Not a view to autograd: it forbids callers to
+    change a view that a Function returns, and a stock linear's output may be changed in place.
+    """
+    return torch.ops.aten._unsafe_view(y, (*like.shape[:-1], y.shape[-1]))
 
 
 class _LoRALinears(torch.autograd.Function):
@@ -113,7 +115,7 @@ class _LoRADelta(torch.autograd.Function):
             out = torch.addmm(base, twice(s, lora), scaled_b(lora, y.dtype).t())
         ctx.save_for_backward(x2, s, a, b, bias, seed)
         ctx.options, ctx.shape, ctx.dtype = options, x.shape, x.dtype
-        return out.view(y.shape)
+        return unrows(out, y)
 
     @staticmethod
     def backward(ctx, dy):

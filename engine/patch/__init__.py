@@ -43,7 +43,7 @@ def patch_model(model: nn.Module, *, strict: bool = False, disable: Iterable[str
             f"patch_model: disable: expected kinds from {expected}, got {', '.join(sorted(unknown))}; remove them"
         )
     with LOCK:
-        new = [(module, mixin) for module, mixin in _plan(model) if mixin.kind not in disabled]
+        new = [(module, mixin) for module, mixin in _plan(model) if mixin.fuse_kind not in disabled]
         for module, mixin in new:
             swap(module, mixin)
         if strict and (unfused := [row for row in build_report(model).unfused() if row.kind not in disabled]):

@@ -23,26 +23,26 @@ from fuselora.kernels.rope import rope
 class FusedAttention(Fused):
     """q_proj, k_proj, v_proj, half-split RoPE, attention interface, o_proj."""
 
-    kind = "attention"
-    ops = ("lora_shrink", "lora_matmul", "rope", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
+    fuse_kind = "attention"
+    fuse_ops = ("lora_shrink", "lora_matmul", "rope", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
 
-    def linears(self: Any) -> tuple[nn.Module, ...]:
+    def fuse_linears(self: Any) -> tuple[nn.Module, ...]:
         return self.q_proj, self.k_proj, self.v_proj
 
-    def fused_state(self: Any, x: Tensor | None = None) -> str | None:
-        projections = read_projections(x, *self.linears())
+    def fuse_state(self: Any, x: Tensor | None = None) -> str | None:
+        projections = read_projections(x, *self.fuse_linears())
         return projections if isinstance(projections, str) else None
 
-    def heads(self: Any, x: Tensor) -> Tensor:
+    def fuse_heads(self: Any, x: Tensor) -> Tensor:
         """[B, S, H D] -> [B, S, H, D]."""
         return x.view(*x.shape[:-1], -1, self.head_dim)
 
-    def split(self: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def fuse_split(self: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """The outputs of ``linears`` as q, k, v [B, S, H, D], normalised where the family does."""
         q, k, v = outputs
-        return self.heads(q), self.heads(k), self.heads(v)
+        return self.fuse_heads(q), self.fuse_heads(k), self.fuse_heads(v)
 
-    def interface_options(self: Any) -> dict[str, Any]:
+    def fuse_interface_options(self: Any) -> dict[str, Any]:
         """What the family passes to the attention interface besides scaling and dropout."""
         return {}
 
@@ -54,7 +54,7 @@ class FusedAttention(Fused):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        projections = read_projections(hidden_states, *self.linears())
+        projections = read_projections(hidden_states, *self.fuse_linears())
         if isinstance(projections, str) or position_embeddings is None:
             decline(self, projections if isinstance(projections, str) else "no position_embeddings were given")
             return super().forward(
@@ -64,7 +64,7 @@ class FusedAttention(Fused):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        q, k, v = self.split(lora_linears(hidden_states, projections))
+        q, k, v = self.fuse_split(lora_linears(hidden_states, projections))
         q, k = rope(q, k, *position_embeddings)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past_key_values is not None:
@@ -79,7 +79,7 @@ class FusedAttention(Fused):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            **self.interface_options(),
+            **self.fuse_interface_options(),
             **kwargs,
         )
         return self.o_proj(context.reshape(*hidden_states.shape[:-1], -1)), weights
@@ -88,47 +88,47 @@ class FusedAttention(Fused):
 class FusedConfigWindowAttention(FusedAttention):
     """Mistral: the window is read from the config."""
 
-    def interface_options(self: Any) -> dict[str, Any]:
+    def fuse_interface_options(self: Any) -> dict[str, Any]:
         return {"sliding_window": getattr(self.config, "sliding_window", None)}
 
 
 class FusedWindowAttention(FusedAttention):
     """Qwen2: the window is the layer's own."""
 
-    def interface_options(self: Any) -> dict[str, Any]:
+    def fuse_interface_options(self: Any) -> dict[str, Any]:
         return {"sliding_window": self.sliding_window}
 
 
 class FusedHeadNormAttention(FusedWindowAttention):
     """Qwen3 and Gemma 3: q and k are normalised per head."""
 
-    def split(self: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = FusedAttention.split(self, outputs)
+    def fuse_split(self: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = FusedAttention.fuse_split(self, outputs)
         return self.q_norm(q), self.k_norm(k), v
 
 
 class FusedSoftcapAttention(FusedWindowAttention):
     """Gemma 2: attention scores are soft-capped by the interface."""
 
-    def interface_options(self: Any) -> dict[str, Any]:
+    def fuse_interface_options(self: Any) -> dict[str, Any]:
         return {"sliding_window": self.sliding_window, "softcap": self.attn_logit_softcapping}
 
 
 class FusedFlatNormAttention(FusedAttention):
     """OLMo 2: q and k are normalised over all heads at once."""
 
-    def split(self: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def fuse_split(self: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = outputs
-        return self.heads(self.q_norm(q)), self.heads(self.k_norm(k)), self.heads(v)
+        return self.fuse_heads(self.q_norm(q)), self.fuse_heads(self.k_norm(k)), self.fuse_heads(v)
 
 
 class FusedPackedAttention(FusedConfigWindowAttention):
     """Phi-3: one qkv_proj whose output holds q, k and v side by side."""
 
-    def linears(self: Any) -> tuple[nn.Module, ...]:
+    def fuse_linears(self: Any) -> tuple[nn.Module, ...]:
         return (self.qkv_proj,)
 
-    def split(self: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def fuse_split(self: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         kv = self.num_key_value_heads * self.head_dim
         q, k, v = outputs[0].split([outputs[0].shape[-1] - 2 * kv, kv, kv], dim=-1)
-        return self.heads(q), self.heads(k), self.heads(v)
+        return self.fuse_heads(q), self.fuse_heads(k), self.fuse_heads(v)

@@ -33,16 +33,16 @@ STOCK_LOSS = PreTrainedModel.loss_function.fget  # the getter as a plain functio
 class FusedHead(Fused):
     """The LM head: an ``nn.Linear`` that promises its output when the model was called with labels."""
 
-    kind = "loss"
-    ops = ("linear_cross_entropy",)
+    fuse_kind = "loss"
+    fuse_ops = ("linear_cross_entropy",)
 
-    def fused_state(self: Any) -> str | None:
+    def fuse_state(self: Any) -> str | None:
         return bypass_reason(self) or tensor_reason(self.weight) or tensor_reason(self.bias)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or not _LABELS_GIVEN.get():
             return super().forward(x)
-        reason = self.fused_state() or dtype_reason(x, self.weight)
+        reason = self.fuse_state() or dtype_reason(x, self.weight)
         if reason:
             decline(self, reason)
             return super().forward(x)
@@ -52,10 +52,10 @@ class FusedHead(Fused):
 class FusedCausalLM(Fused):
     """A causal LM whose head is a ``FusedHead``: with labels, the loss comes from hidden states."""
 
-    kind = "loss"
-    ops = ("linear_cross_entropy",)
+    fuse_kind = "loss"
+    fuse_ops = ("linear_cross_entropy",)
 
-    def fused_state(self: Any) -> str | None:
+    def fuse_state(self: Any) -> str | None:
         stock = STOCK_LOSS(self)
         if stock is not ForCausalLMLoss:
             return f"its loss is {getattr(stock, '__name__', 'custom')}"

@@ -25,52 +25,52 @@ from fuselora.kernels.rms_norm import add_rms_norm, rms_norm
 class FusedRMSNorm(Fused):
     """RMSNorm modules with a ``weight`` and an epsilon; the subclasses say how they round."""
 
-    kind = "norm"
-    ops = ("rms_norm", "rms_norm_bwd")
-    mode = "llama"
+    fuse_kind = "norm"
+    fuse_ops = ("rms_norm", "rms_norm_bwd")
+    fuse_mode = "llama"
 
-    def fused_state(self: Any) -> str | None:
+    def fuse_state(self: Any) -> str | None:
         return tensor_reason(self.weight)
 
-    def epsilon(self: Any) -> float:
+    def fuse_epsilon(self: Any) -> float:
         return self.variance_epsilon
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or (reason := self.fused_state()):
+        if args or kwargs or (reason := self.fuse_state()):
             decline(self, "extra arguments" if args or kwargs else reason)
             return super().forward(x, *args, **kwargs)
-        return rms_norm(x, self.weight, self.epsilon(), self.mode)
+        return rms_norm(x, self.weight, self.fuse_epsilon(), self.fuse_mode)
 
 
 class FusedGemmaRMSNorm(FusedRMSNorm):
-    mode = "gemma"
+    fuse_mode = "gemma"
 
-    def epsilon(self: Any) -> float:
+    def fuse_epsilon(self: Any) -> float:
         return self.eps
 
 
 class FusedOlmoRMSNorm(FusedRMSNorm):
-    mode = "none"
+    fuse_mode = "none"
 
 
 class FusedLayerNorm(Fused):
     """torch.nn.LayerNorm over the last dimension."""
 
-    kind = "norm"
-    ops = ("layer_norm", "layer_norm_bwd")
+    fuse_kind = "norm"
+    fuse_ops = ("layer_norm", "layer_norm_bwd")
 
-    def fused_state(self: Any) -> str | None:
+    def fuse_state(self: Any) -> str | None:
         if len(self.normalized_shape) != 1:
             return "it normalises over several dimensions"
         if self.eps is None:
             return "its epsilon depends on the input's dtype"
         return tensor_reason(self.weight) or tensor_reason(getattr(self, "bias", None))
 
-    def compute(self: Any, x: Tensor) -> Tensor:
+    def fuse_compute(self: Any, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        reason = self.fused_state()
+        reason = self.fuse_state()
         if reason is None and self.weight is not None and self.weight.dtype != x.dtype:
             reason = f"the input is {x.dtype}, the weight {self.weight.dtype}"
         if reason is None and torch.is_autocast_enabled(x.device.type):
@@ -78,25 +78,25 @@ class FusedLayerNorm(Fused):
         if reason:
             decline(self, reason)
             return super().forward(x)
-        return self.compute(x)
+        return self.fuse_compute(x)
 
 
 class FusedTorchRMSNorm(FusedLayerNorm):
     """torch.nn.RMSNorm over the last dimension."""
 
-    ops = ("rms_norm", "rms_norm_bwd")
+    fuse_ops = ("rms_norm", "rms_norm_bwd")
 
-    def compute(self: Any, x: Tensor) -> Tensor:
+    def fuse_compute(self: Any, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, "none")
 
 
 class FusedLoRALinear(Fused):
     """peft's LoRA on a dense linear: base GEMM and low-rank part in one function; several adapters in turn."""
 
-    kind = "lora_linear"
-    ops = ("lora_shrink", "lora_matmul", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
+    fuse_kind = "lora_linear"
+    fuse_ops = ("lora_shrink", "lora_matmul", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
 
-    def fused_state(self: Any) -> str | None:
+    def fuse_state(self: Any) -> str | None:
         return _adapters_reason(self)
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -127,9 +127,9 @@ class FusedLoRALinear(Fused):
 class FusedOpaqueLoRALinear(FusedLoRALinear):
     """peft's LoRA on a base layer that computes by itself (bitsandbytes, GPTQ ...): only the low-rank part is ours."""
 
-    ops = ("lora_shrink", "lora_grad_s_b", "lora_grad_a")
+    fuse_ops = ("lora_shrink", "lora_grad_s_b", "lora_grad_a")
 
-    def fused_state(self: Any) -> str | None:
+    def fuse_state(self: Any) -> str | None:
         return _adapters_reason(self)
 
 
@@ -146,24 +146,28 @@ def _adapters_reason(module: Any) -> str | None:
 class FusedGatedMLP(Fused):
     """gate, up and down projections with SiLU or GELU between them."""
 
-    kind = "mlp"
-    ops = ("lora_shrink", "lora_matmul", "glu", "glu_bwd", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
+    fuse_kind = "mlp"
+    fuse_ops = ("lora_shrink", "lora_matmul", "glu", "glu_bwd", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
 
-    def linears(self: Any) -> tuple[nn.Module, ...]:
+    def fuse_linears(self: Any) -> tuple[nn.Module, ...]:
         return self.gate_proj, self.up_proj, self.down_proj
 
-    def activation(self: Any) -> nn.Module:
+    def fuse_activation(self: Any) -> nn.Module:
         return self.act_fn
 
-    def fused_state(self: Any, x: Tensor | None = None) -> str | None:
-        projections = read_projections(x, *self.linears())
+    def fuse_state(self: Any, x: Tensor | None = None) -> str | None:
+        projections = read_projections(x, *self.fuse_linears())
         if isinstance(projections, str):
             return projections
-        return None if activation_name(self.activation()) else f"its activation is {type(self.activation()).__name__}"
+        return (
+            None
+            if activation_name(self.fuse_activation())
+            else f"its activation is {type(self.fuse_activation()).__name__}"
+        )
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        projections = read_projections(x, *self.linears())
-        act = activation_name(self.activation())
+        projections = read_projections(x, *self.fuse_linears())
+        act = activation_name(self.fuse_activation())
         if isinstance(projections, str) or act is None or args or kwargs:
             decline(self, projections if isinstance(projections, str) else "extra arguments or an unknown activation")
             return super().forward(x, *args, **kwargs)
@@ -173,10 +177,10 @@ class FusedGatedMLP(Fused):
 class FusedPackedMLP(FusedGatedMLP):
     """Phi-3: one gate_up projection."""
 
-    def linears(self: Any) -> tuple[nn.Module, ...]:
+    def fuse_linears(self: Any) -> tuple[nn.Module, ...]:
         return self.gate_up_proj, self.down_proj
 
-    def activation(self: Any) -> nn.Module:
+    def fuse_activation(self: Any) -> nn.Module:
         return self.activation_fn
 
 
@@ -203,7 +207,7 @@ def add_and_norm(branch: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, T
     if branch.dtype != residual.dtype:  # autocast: the sum is promoted before the norm sees it
         h = residual + branch
         return norm(h), h
-    return add_rms_norm(branch, residual, norm.weight, norm.epsilon(), norm.mode)
+    return add_rms_norm(branch, residual, norm.weight, norm.fuse_epsilon(), norm.fuse_mode)
 
 
 class FusedDecoderLayer(Fused):
@@ -213,56 +217,56 @@ class FusedDecoderLayer(Fused):
     ``post_attention_layernorm``, ``mlp``.
     """
 
-    kind = "layer"
-    ops = ("rms_norm", "rms_norm_bwd")
+    fuse_kind = "layer"
+    fuse_ops = ("rms_norm", "rms_norm_bwd")
 
-    def fused_state(self: Any) -> str | None:
+    def fuse_state(self: Any) -> str | None:
         norm = self.post_attention_layernorm
         if not is_fused(norm) or not isinstance(norm, FusedRMSNorm):
             return f"its {type(norm).__name__} is stock"
-        return bypass_reason(norm) or norm.fused_state()
+        return bypass_reason(norm) or norm.fuse_state()
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        reason = "positional arguments behind hidden_states" if args else self.fused_state()
+        reason = "positional arguments behind hidden_states" if args else self.fuse_state()
         if reason:
             decline(self, reason)
             return super().forward(hidden_states, *args, **kwargs)
         attention = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
-        normed, h = add_and_norm(self.scale_branch(attention), hidden_states, self.post_attention_layernorm)
-        return h + self.scale_branch(self.mlp(normed))
+        normed, h = add_and_norm(self.fuse_scale_branch(attention), hidden_states, self.post_attention_layernorm)
+        return h + self.fuse_scale_branch(self.mlp(normed))
 
-    def scale_branch(self: Any, branch: Tensor) -> Tensor:
+    def fuse_scale_branch(self: Any, branch: Tensor) -> Tensor:
         return branch
 
 
 class FusedScaledDecoderLayer(FusedDecoderLayer):
     """Granite: both branches are multiplied by ``residual_multiplier``."""
 
-    def scale_branch(self: Any, branch: Tensor) -> Tensor:
+    def fuse_scale_branch(self: Any, branch: Tensor) -> Tensor:
         return branch * self.residual_multiplier
 
 
 class FusedDropoutDecoderLayer(FusedDecoderLayer):
     """Phi-3: residual dropout; fused where it is off."""
 
-    def fused_state(self: Any) -> str | None:
+    def fuse_state(self: Any) -> str | None:
         for dropout in (self.resid_attn_dropout, self.resid_mlp_dropout):
             if dropout.training and dropout.p > 0.0:
                 return f"residual dropout is {dropout.p}"
-        return FusedDecoderLayer.fused_state(self)
+        return FusedDecoderLayer.fuse_state(self)
 
 
 class FusedSandwichDecoderLayer(FusedDecoderLayer):
     """Gemma 2 and 3: a norm behind each branch too, ``x + post(attention(pre(x)))``; add and next norm are one pass."""
 
-    def fused_state(self: Any) -> str | None:
+    def fuse_state(self: Any) -> str | None:
         norm = self.pre_feedforward_layernorm
         if not is_fused(norm) or not isinstance(norm, FusedRMSNorm):
             return f"its {type(norm).__name__} is stock"
-        return bypass_reason(norm) or norm.fused_state()
+        return bypass_reason(norm) or norm.fuse_state()
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        reason = "positional arguments behind hidden_states" if args else self.fused_state()
+        reason = "positional arguments behind hidden_states" if args else self.fuse_state()
         if reason:
             decline(self, reason)
             return super(FusedDecoderLayer, self).forward(hidden_states, *args, **kwargs)

@@ -76,7 +76,7 @@ def build_report(model: nn.Module) -> PatchReport:
 
 def _fused_row(name: str, module: nn.Module) -> Row:
     assert isinstance(module, Fused)
-    reason = module.fused_state()
+    reason = module.fuse_state()
     calls = declined(module)
     status = FUSED
     if reason is not None:
@@ -84,8 +84,10 @@ def _fused_row(name: str, module: nn.Module) -> Row:
     elif calls:
         status, reason = PARTIAL, "; ".join(calls)
     weight = next(iter(module.parameters()), None)
-    impl = _implementations(module.ops, weight) if status != STOCK else "-"
-    return Row(name or "(model)", module.kind, type(module).__name__, impl, status, reason or "", sum(calls.values()))
+    impl = _implementations(module.fuse_ops, weight) if status != STOCK else "-"
+    return Row(
+        name or "(model)", module.fuse_kind, type(module).__name__, impl, status, reason or "", sum(calls.values())
+    )
 
 
 def _stock_row(name: str, module: nn.Module) -> Row | None:
@@ -97,7 +99,10 @@ def _stock_row(name: str, module: nn.Module) -> Row | None:
     kind = "lora" if lora else BLOCK_NAME.search(cls.__name__).group(1).lower()
     status = PARTIAL if any(is_fused(child) for child in module.modules()) else STOCK
     if rule is not None:
-        kind, reason = rule.mixin.kind, unswappable_reason(module) or "not patched: disabled, or made after patch_model"
+        kind, reason = (
+            rule.mixin.fuse_kind,
+            unswappable_reason(module) or "not patched: disabled, or made after patch_model",
+        )
     return Row(name, kind, cls.__name__, "-", status, reason)
 
 

@@ -31,14 +31,16 @@ _LOGGED: set[tuple[str, str]] = set()
 
 
 class Fused:
-    """Base of every mixin. ``kind`` names the rule group that ``patch_model(disable=...)`` accepts."""
+    """Base of every mixin. ``fuse_kind`` names the rule group that ``patch_model(disable=...)`` accepts, ``fuse_ops``
+    the registered ops that do the work. All names start with ``fuse_``: others could be attributes of a stock module.
+    """
 
-    kind = ""
-    ops: tuple[str, ...] = ()  # the registered ops that do the work, for the report
+    fuse_kind = ""
+    fuse_ops: tuple[str, ...] = ()
 
     _fuselora_stock: type[nn.Module]
 
-    def fused_state(self) -> str | None:
+    def fuse_state(self) -> str | None:
         """None if the module's current state is computed by the fused path, else the reason why it is not."""
         raise NotImplementedError
 

@@ -76,3 +76,15 @@ def test_autocast_rounds_adapters_as_stock_does():
         stock = module.eager_projection(x, module.Projection(weight, None, lora))
     assert ours.dtype == stock.dtype == torch.bfloat16
     torch.testing.assert_close(ours.float(), stock.float(), rtol=2**-6, atol=2**-6 * float(stock.abs().max()))
+
+
+@pytest.mark.parametrize("shape", [(5, K), (2, 5, K)], ids=str)
+def test_outputs_may_be_changed_in_place(shape):
+    """Stock's linear outputs may; a view returned by an autograd Function may not."""
+    x = torch.randn(shape, requires_grad=True)
+    y = lora_linear(x, torch.randn(N, K), None, adapters())
+    y += 1
+    z = lora_delta(torch.randn(*shape[:-1], N), x, adapters())
+    z *= 2
+    (y.sum() + z.sum()).backward()
+    assert torch.isfinite(x.grad).all()

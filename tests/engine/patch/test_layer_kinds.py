@@ -140,3 +140,14 @@ def test_custom_module(inject: bool) -> None:
     assert sum("lora_" in n and g.any().item() for n, g in grads.items()) == 6
     assert [row.module.rpartition(".")[2] for row in twins.rows(status="fused")] == ["first", "norm", "second"]
     assert all("conv" in row.module for row in twins.rows(status="stock"))
+
+
+def test_mixins_add_no_name_that_a_stock_module_could_have():
+    """Some test helpers set ``epsilon`` on every module that has it; a method of that name was lost that way."""
+    from fuselora.engine.patch.families import FAMILIES
+    from fuselora.engine.patch.loss import FusedCausalLM, FusedHead
+
+    mixins = {rule.mixin for family in FAMILIES for rule in family.rules} | {FusedCausalLM, FusedHead}
+    names = {name for mixin in mixins for cls in mixin.__mro__[:-1] for name in vars(cls)}
+    ours = {name for name in names if not name.startswith(("fuse_", "_fuselora", "__"))}
+    assert ours == {"forward", "loss_function"}
