@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 
+import torch
+
 from fuselora.engine import metrics, output
 from fuselora.engine.chat import describe, encode_all
 from fuselora.engine.config import Config, config_help, load_config
@@ -21,6 +23,8 @@ from fuselora.engine.trainer import Trainer
 def train(config: Config) -> int:
     """One run. Returns the exit code: 0, or 128 + signal if a signal stopped it after a checkpoint."""
     output.check_output_dir(config)
+    if config.cpu_threads:
+        torch.set_num_threads(config.cpu_threads)
     train_rows, held_out_rows = load_splits(config)
     base = resolve_base(config)
     tokenizer = load_tokenizer(base, config)

@@ -41,6 +41,7 @@ class Config:
     bf16: bool = _key("model", False, "Base model in bfloat16; adapter weights and optimizer state stay fp32.")
     pure_bf16: bool = _key("model", False, "Adapter and optimizer state in bfloat16 too.")
     fp16: bool = _key("model", False, "Not supported: needs loss scaling.")
+    cpu_threads: int | None = _key("model", None, "CPU threads; unset: PyTorch's choice, every core.")
     use_cpu: bool = _key("model", False, "Train on the CPU although an accelerator is there.")
 
     stage: str = _key("method", "sft", "Objective; only supervised fine-tuning for now.")
@@ -279,7 +280,7 @@ def _check_supported(config: Config) -> None:
 def _check_ranges(config: Config) -> None:
     at_least_one = (
         "lora_rank lora_alpha per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-        "logging_steps save_steps save_total_limit eval_steps max_samples max_new_tokens"
+        "cpu_threads logging_steps save_steps save_total_limit eval_steps max_samples max_new_tokens"
     )
     ranges = dict.fromkeys(at_least_one.split(), (1, float("inf")))
     ranges |= dict.fromkeys(["adam_beta1", "adam_beta2", "lora_dropout", "warmup_ratio"], (0, 1))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fuselora import cli, train
 
@@ -155,6 +156,13 @@ def test_overwrite_removes_the_old_checkpoints(arguments, tmp_path):
     assert cli.main(["train", *arguments(save_steps=2)]) == 0
     assert cli.main(["train", *arguments(save_steps=3, max_steps=3, overwrite_output_dir=True)]) == 0
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_cpu_threads(arguments, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    assert cli.main(["train", *arguments(do_train=False, cpu_threads=1)]) == 0
+    assert asked == [1]
 
 
 def test_evaluation_only(arguments, capsys, tmp_path):
