@@ -15,7 +15,7 @@ from fuselora.engine.chat import describe, encode_all
 from fuselora.engine.config import Config, config_help, load_config
 from fuselora.engine.data import load_splits
 from fuselora.engine.errors import UserError, run_command
-from fuselora.engine.model import build_model, load_tokenizer, quiet_libraries, resolve_base
+from fuselora.engine.model import build_model, check_vocabulary, load_tokenizer, quiet_libraries, resolve_base
 from fuselora.engine.patch import patch_model, patch_report
 from fuselora.engine.trainer import Trainer
 
@@ -33,6 +33,7 @@ def train(config: Config) -> int:
     print(f"training: {describe(train_set, len(train_rows))}\nheld out: {describe(held_out, len(held_out_rows))}")
 
     model = build_model(base, config)
+    check_vocabulary(model, [*train_set, *held_out])
     model.print_trainable_parameters()
     if config.fuse:
         try:

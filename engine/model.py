@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from fuselora.engine import quickstart
+from fuselora.engine.chat import Example
 from fuselora.engine.config import Config
 from fuselora.engine.errors import UserError, expected, first_line
 
@@ -126,6 +128,15 @@ def build_model(base: str, config: Config) -> PeftModel:
     except ValueError as error:  # PEFT names the modules it looked for
         raise UserError(f"lora_target: {first_line(error)}") from error
     return model.to(pick_device(config))
+
+
+def check_vocabulary(model: PeftModel, examples: Sequence[Example]) -> None:
+    """Raise UserError if a token or label has no row in the model's embeddings."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max((max(example.input_ids, default=0) for example in examples), default=0)
+    if largest >= rows:
+        what = f"a tokenizer whose ids are below the model's {rows} embeddings"
+        raise expected("model_name_or_path", what, f"token {largest}", "use the tokenizer that belongs to the model")
 
 
 def lora_config(config: Config) -> LoraConfig:

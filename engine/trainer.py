@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ import torch
 from fuselora.engine import checkpoint, metrics, optim
 from fuselora.engine.chat import Example, collate, epoch_order, micro_batches
 from fuselora.engine.config import Config
-from fuselora.engine.errors import UserError
+from fuselora.engine.errors import UserError, expected
 
 
 @dataclass
@@ -53,6 +54,10 @@ class Trainer:
     def __init__(
         self, model: Any, train: Sequence[Example], held_out: Sequence[Example], config: Config, *, pad_id: int
     ) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise expected(
+                "WORLD_SIZE", 1, os.environ["WORLD_SIZE"], "start one process; several are not supported yet"
+            )
         self.model, self.train, self.held_out, self.config, self.pad_id = model, train, held_out, config, pad_id
         self.device = next(model.parameters()).device
         self.output_dir = Path(config.output_dir)

@@ -70,6 +70,26 @@ def test_model_folder_without_tokenizer(arguments, capsys, tiny_base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_label_out_of_range(arguments, capsys, tiny_base, tmp_path):
+    """A tokenizer of another model gives ids, and so labels, that this model has no embedding for."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    model.resize_token_embeddings(20)
+    shrunk = tmp_path / "shrunk"
+    model.save_pretrained(shrunk)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (shrunk / name).write_bytes((tiny_base / name).read_bytes())
+    refused(capsys, arguments(model_name_or_path=shrunk), "model_name_or_path", "20 embeddings", "token ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_processes(arguments, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(capsys, arguments(), "WORLD_SIZE", "expected 1, got 2")
+    assert not (tmp_path / "out").exists()
+
+
 def test_model_that_is_not_there(arguments, capsys, tmp_path):
     refused(capsys, arguments(model_name_or_path=tmp_path / "none"), "model_name_or_path", "none")
     (tmp_path / "empty").mkdir()
