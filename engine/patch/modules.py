@@ -220,8 +220,18 @@ class FusedDecoderLayer(Fused):
     fuse_kind = "layer"
     fuse_ops = ("rms_norm", "rms_norm_bwd")
 
+    def fuse_norm(self: Any) -> Any:
+        """The norm behind the first residual add."""
+        return self.post_attention_layernorm
+
+    def fuse_after_attention(self: Any, branch: Tensor) -> Tensor:
+        return branch
+
+    def fuse_after_mlp(self: Any, branch: Tensor) -> Tensor:
+        return branch
+
     def fuse_state(self: Any) -> str | None:
-        norm = self.post_attention_layernorm
+        norm = self.fuse_norm()
         if not is_fused(norm) or not isinstance(norm, FusedRMSNorm):
             return f"its {type(norm).__name__} is stock"
         return bypass_reason(norm) or norm.fuse_state()
@@ -232,18 +242,17 @@ class FusedDecoderLayer(Fused):
             decline(self, reason)
             return super().forward(hidden_states, *args, **kwargs)
         attention = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
-        normed, h = add_and_norm(self.fuse_scale_branch(attention), hidden_states, self.post_attention_layernorm)
-        return h + self.fuse_scale_branch(self.mlp(normed))
-
-    def fuse_scale_branch(self: Any, branch: Tensor) -> Tensor:
-        return branch
+        normed, h = add_and_norm(self.fuse_after_attention(attention), hidden_states, self.fuse_norm())
+        return h + self.fuse_after_mlp(self.mlp(normed))
 
 
 class FusedScaledDecoderLayer(FusedDecoderLayer):
     """Granite: both branches are multiplied by ``residual_multiplier``."""
 
-    def fuse_scale_branch(self: Any, branch: Tensor) -> Tensor:
+    def fuse_after_attention(self: Any, branch: Tensor) -> Tensor:
         return branch * self.residual_multiplier
+
+    fuse_after_mlp = fuse_after_attention
 
 
 class FusedDropoutDecoderLayer(FusedDecoderLayer):
@@ -253,24 +262,19 @@ class FusedDropoutDecoderLayer(FusedDecoderLayer):
         for dropout in (self.resid_attn_dropout, self.resid_mlp_dropout):
             if dropout.training and dropout.p > 0.0:
                 return f"residual dropout is {dropout.p}"
+            if reason := bypass_reason(dropout):
+                return reason
         return FusedDecoderLayer.fuse_state(self)
 
 
 class FusedSandwichDecoderLayer(FusedDecoderLayer):
     """Gemma 2 and 3: a norm behind each branch too, ``x + post(attention(pre(x)))``; add and next norm are one pass."""
 
-    def fuse_state(self: Any) -> str | None:
-        norm = self.pre_feedforward_layernorm
-        if not is_fused(norm) or not isinstance(norm, FusedRMSNorm):
-            return f"its {type(norm).__name__} is stock"
-        return bypass_reason(norm) or norm.fuse_state()
+    def fuse_norm(self: Any) -> Any:
+        return self.pre_feedforward_layernorm
 
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        reason = "positional arguments behind hidden_states" if args else self.fuse_state()
-        if reason:
-            decline(self, reason)
-            return super(FusedDecoderLayer, self).forward(hidden_states, *args, **kwargs)
-        attention = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
-        attention = self.post_attention_layernorm(attention)
-        normed, h = add_and_norm(attention, hidden_states, self.pre_feedforward_layernorm)
-        return h + self.post_feedforward_layernorm(self.mlp(normed))
+    def fuse_after_attention(self: Any, branch: Tensor) -> Tensor:
+        return self.post_attention_layernorm(branch)
+
+    def fuse_after_mlp(self: Any, branch: Tensor) -> Tensor:
+        return self.post_feedforward_layernorm(branch)
