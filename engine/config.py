@@ -220,6 +220,8 @@ def _coerce(f: Field[Any], value: Any) -> Any:
     kinds = list(typing.get_args(hint)) if union else [hint]
     if value is None and type(None) in kinds:
         return None
+    if value is None and typing.get_origin(hint) is tuple:  # `eval_dataset=` and `eval_dataset: null` name no set
+        return ()
     for kind in kinds:
         if kind is bool and isinstance(value, bool):
             return value

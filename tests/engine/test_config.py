@@ -27,6 +27,13 @@ def test_yaml_then_overrides(tmp_path):
     assert (got.lora_target, got.alpha) == (("q_proj", "v_proj"), 16)
 
 
+def test_an_empty_list_key_names_nothing(tmp_path):
+    """Overriding a file's ``eval_dataset`` away leaves YAML's null."""
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name_or_path: m\noutput_dir: o\ndataset: d\neval_dataset: e\neval_strategy: 'no'\n")
+    assert load_config([str(path), "eval_dataset="]).eval_dataset == ()
+
+
 def test_yaml_words_mean_what_they_say(tmp_path):
     """YAML 1.1 reads a bare no as false."""
     got = load_config(arguments("save_strategy=no", "eval_strategy=no", "check_adapter=false", "learning_rate=1e-4"))
