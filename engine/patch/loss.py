@@ -60,8 +60,10 @@ class FusedCausalLM(Fused):
         if stock is not ForCausalLMLoss:
             return f"its loss is {getattr(stock, '__name__', 'custom')}"
         head = self.get_output_embeddings()
-        if any(is_fused(m) for m in head.modules()):
+        if any(is_fused(m) and isinstance(m, FusedHead) for m in head.modules()):
             return None
+        if is_fused(head):
+            return "its head has an adapter, so logits are computed"
         return f"its head is stock: {bypass_reason(head) or type(head).__name__}"
 
     @property
@@ -117,6 +119,8 @@ def _causal_lm_loss(
     shift_labels = shift_labels.to(logits.device).reshape(logits.shape[:-1])
     options = scale_and_softcap(logits) if isinstance(logits, LazyLogits) and logits.value is None else None
     if options is None:
+        if isinstance(logits, LazyLogits):
+            decline(model, "logits were computed before the loss: more than scaling and soft-capping happens to them")
         real = logits.compute() if isinstance(logits, LazyLogits) else logits
         if num_items_in_batch is None:
             return cross_entropy(real, shift_labels, ignore_index=ignore_index)

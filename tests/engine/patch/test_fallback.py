@@ -164,3 +164,18 @@ def test_fallbacks_are_logged_once_per_reason(caplog: pytest.LogCaptureFixture) 
     assert len([r for r in caplog.records if "Unique" in r.getMessage()]) == 1
     (row, _) = [r for r in fuselora.patch_report(model).rows if r.calls_declined]
     assert row.calls_declined == 3 and row.status == "stock"
+
+
+def test_report_says_where_logits_are_computed():
+    """An adapter on the head, or a look at the logits before the loss: both are exact, and neither is silent."""
+    adapted = fuselora.patch_model(lora_model("llama", lora={"target_modules": ["q_proj", "lm_head"]}))
+    row = next(row for row in fuselora.patch_report(adapted).rows if row.cls == "LlamaForCausalLM")
+    assert row.status != "fused" and "adapter" in row.reason
+
+    model = fuselora.patch_model(lora_model("llama"))
+    inner, inputs = model.get_base_model(), batch()
+    logits = model(**inputs).logits
+    logits + 0
+    inner.loss_function(logits=logits, labels=inputs["labels"], vocab_size=inner.config.vocab_size)
+    row = next(row for row in fuselora.patch_report(model).rows if row.cls == "LlamaForCausalLM")
+    assert row.status != "fused" and "before the loss" in row.reason and row.calls_declined == 1
