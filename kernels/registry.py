@@ -10,8 +10,9 @@ Two kinds of record:
 
 Which implementation runs: the dispatcher picks the device, then the first implementation of that device whose
 ``supports(*args)`` returns None, else the reference. ``supports`` is a pure function of shapes, dtypes and machine, so
-the choice is the same on every call. ``FUSELORA_IMPL=rms_norm=reference,rms_norm_bwd=cpu`` (``*`` for all ops that have
-the tag) forces one; a forced choice that cannot run raises.
+the choice is the same on every call. ``FUSELORA_IMPL=rms_norm=reference,rms_norm_bwd=cpu`` forces one; a forced choice
+that cannot run raises. ``*=tag`` prefers one for all ops, wherever it can run. With TRITON_INTERPRET=1 ``triton`` can be forced on CPU
+tensors too, where Triton's interpreter runs it: slow, for tests.
 
 Registration is the low-level ``Library.define`` + ``impl``: 3-7 us per eager call against 23-46 us for ``custom_op``
 with ``register_autograd``; autograd lives in plain ``torch.autograd.Function`` classes over the ops.
@@ -26,6 +27,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from .gpu.launch import interpreting
 
 LIBRARY = torch.library.Library("fuselora", "DEF")
 ENV_IMPL = "FUSELORA_IMPL"
@@ -70,33 +73,38 @@ class Op:
     samples: Callable[[torch.dtype, torch.device], Iterator[Sample]]
     cost: Callable[..., Cost]
     long_reduction: bool = False
+    workloads: Callable[[torch.dtype, torch.device], Iterator[Sample]] = lambda dtype, device: iter(())
     impls: dict[str, Impl] = field(default_factory=dict)
 
     def select(self, key: str | None, args: tuple[Any, ...]) -> Callable[..., Any]:
         """The implementation for these arguments on dispatch key ``key`` (None: no device kernel exists)."""
-        tag = forced_impls(os.environ.get(ENV_IMPL, "")).get(self.name)
-        if tag is None:
-            tag = forced_impls(os.environ.get(ENV_IMPL, "")).get("*")
-            if tag is not None and tag != "reference" and tag not in self.impls:
-                tag = None
-        if tag == "reference":
-            return self.reference
-        if tag is not None:
+        forced = forced_impls(os.environ.get(ENV_IMPL, ""))
+        if tag := forced.get(self.name):
             return self._forced(tag, key, args)
+        if "*" in forced and self._refusal(forced["*"], key, args) is None:
+            return self._forced(forced["*"], key, args)
         for impl in self.impls.values():
             if DISPATCH_KEY[impl.tag] == key and impl.supports(*args) is None:
                 return impl.fn
         return self.reference
 
+    def _refusal(self, tag: str, key: str | None, args: tuple[Any, ...]) -> str | None:
+        if tag == "reference":
+            return None
+        if tag not in self.impls:
+            return "there is no such implementation"
+        interpreted = tag == "triton" and key != "CUDA" and interpreting()
+        if DISPATCH_KEY[tag] != key and not interpreted:
+            return "the tensors are on another device"
+        return self.impls[tag].supports(*args)
+
     def _forced(self, tag: str, key: str | None, args: tuple[Any, ...]) -> Callable[..., Any]:
-        impl = self.impls.get(tag)
-        if impl is None:
+        if tag != "reference" and tag not in self.impls:
             have = ", ".join(["reference", *self.impls])
             raise ValueError(f"{ENV_IMPL}: op {self.name}: expected one of {have}, got {tag!r}; choose one of those")
-        reason = "the tensors are on another device" if DISPATCH_KEY[tag] != key else impl.supports(*args)
-        if reason is not None:
+        if reason := self._refusal(tag, key, args):
             raise RuntimeError(f"{ENV_IMPL}: op {self.name}: {tag!r} cannot run here: {reason}; unset {ENV_IMPL}")
-        return impl.fn
+        return self.reference if tag == "reference" else self.impls[tag].fn
 
 
 @dataclass(frozen=True)
@@ -132,14 +140,16 @@ def define(
     samples: Callable[[torch.dtype, torch.device], Iterator[Sample]],
     cost: Callable[..., Cost],
     long_reduction: bool = False,
+    workloads: Callable[[torch.dtype, torch.device], Iterator[Sample]] = lambda dtype, device: iter(()),
 ) -> Op:
     """Register ``torch.ops.fuselora.<name>`` with its reference and fake, and record it for tests and benchmarks.
 
     ``schema`` is the torch schema without the namespace, e.g. ``rms_norm(Tensor x, float eps) -> (Tensor, Tensor)``.
-    ``samples(dtype, device)`` yields valid inputs; ``cost(*args)`` models the bytes and FLOPs of one call.
+    ``samples(dtype, device)`` yields valid inputs; ``workloads`` yields those of real models, for benchmarks and, on the meta device, for
+    ahead-of-time compilation; ``cost(*args)`` models the bytes and FLOPs of one call.
     """
     name = schema.partition("(")[0]
-    op = Op(name, schema, reference, fake, samples, cost, long_reduction)
+    op = Op(name, schema, reference, fake, samples, cost, long_reduction, workloads)
     LIBRARY.define(schema)
     LIBRARY.impl(name, lambda *args: op.select(None, args)(*args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fuselora::{name}", fake, lib=LIBRARY)

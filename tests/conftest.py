@@ -1,7 +1,16 @@
-"""Shared test setup: a fixed seed per test, and GPU tests that skip, with the reason, where there is no GPU."""
+"""Shared test setup: a fixed seed per test; GPU tests that skip, with the reason, where there is no GPU; and with
+TRITON_INTERPRET=1 the Triton kernels, run by Triton's interpreter, for every op and dtype they can take."""
+
+import os
 
 import pytest
 import torch
+
+from fuselora.kernels.gpu.launch import interpreting
+from fuselora.kernels.registry import ENV_IMPL
+
+if interpreting():
+    os.environ.setdefault(ENV_IMPL, "*=triton")
 
 
 def pytest_collection_modifyitems(items):
