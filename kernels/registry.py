@@ -11,8 +11,8 @@ Two kinds of record:
 Which implementation runs: the dispatcher picks the device, then the first implementation of that device whose
 ``supports(*args)`` returns None, else the reference. ``supports`` is a pure function of shapes, dtypes and machine, so
 the choice is the same on every call. ``FUSELORA_IMPL=rms_norm=reference,rms_norm_bwd=cpu`` forces one; a forced choice
-that cannot run raises. ``*=tag`` prefers one for all ops, wherever it can run. With TRITON_INTERPRET=1 ``triton`` can be forced on CPU
-tensors too, where Triton's interpreter runs it: slow, for tests.
+that cannot run raises. ``*=tag`` prefers one for all ops, wherever it can run. With TRITON_INTERPRET=1 ``triton`` can
+be forced on CPU tensors too, where Triton's interpreter runs it: slow, for tests.
 
 Registration is the low-level ``Library.define`` + ``impl``: 3-7 us per eager call against 23-46 us for ``custom_op``
 with ``register_autograd``; autograd lives in plain ``torch.autograd.Function`` classes over the ops.
@@ -145,8 +145,8 @@ def define(
     """Register ``torch.ops.fuselora.<name>`` with its reference and fake, and record it for tests and benchmarks.
 
     ``schema`` is the torch schema without the namespace, e.g. ``rms_norm(Tensor x, float eps) -> (Tensor, Tensor)``.
-    ``samples(dtype, device)`` yields valid inputs; ``workloads`` yields those of real models, for benchmarks and, on the meta device, for
-    ahead-of-time compilation; ``cost(*args)`` models the bytes and FLOPs of one call.
+    ``samples(dtype, device)`` yields valid inputs; ``workloads`` yields those of real models, for benchmarks and, on
+    the meta device, for ahead-of-time compilation; ``cost(*args)`` models the bytes and FLOPs of one call.
     """
     name = schema.partition("(")[0]
     op = Op(name, schema, reference, fake, samples, cost, long_reduction, workloads)

@@ -1,8 +1,9 @@
 """Compile recorded launches ahead of time for any NVIDIA architecture, without a GPU, and read what came out.
 
-Triton's compiler needs no driver: ``triton.compile(ASTSource, GPUTarget)`` gives a cubin whose registers, spills, shared
-memory and instructions ``cuobjdump`` lists. Arguments are specialised as Triton's launcher does it: an integer 1 is a
-constant, pointers and integers that are multiples of 16 are marked so (without that mark no 16-byte access is emitted).
+Triton's compiler needs no driver: ``triton.compile(ASTSource, GPUTarget)`` gives a cubin whose registers, spills,
+shared memory and instructions ``cuobjdump`` lists. Arguments are specialised as Triton's launcher does it: an integer 1
+is a constant, pointers and integers that are multiples of 16 are marked so (without that mark no 16-byte access is
+emitted).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ calls ``launch``. Three things can then happen:
 * on a CUDA device the kernel runs;
 * with TRITON_INTERPRET=1 (set before Triton is imported) it runs on CPU tensors, program by program, in numpy;
 * inside ``record`` nothing runs: launchers are given ``device="meta"`` tensors of any size and what they would have
-  launched is collected, so that tests can compile exactly those kernels for every architecture ahead of time, add up the
-  bytes behind their pointers and count launches, all without a GPU.
+  launched is collected, so that tests can compile exactly those kernels for every architecture ahead of time, add up
+  the bytes behind their pointers and count launches, all without a GPU.
 
 Triton is imported at the first launch: it takes half a second, and is not there on every platform.
 """
