@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 import torch
+import workloads
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fuselora import kernels
-from fuselora.kernels.lora_linear import sample_projection
 from fuselora.kernels.numerics import K_ELEMENTWISE, K_REDUCTION
 from fuselora.kernels.registry import DISPATCH_KEY, FUNCTIONS, OPS, Op, Sample
 from fuselora.testing import assert_function_close, assert_kernel_close, run_with_grads
@@ -33,43 +33,7 @@ for path in Path(kernels.__path__[0]).glob("*.py"):
     importlib.import_module(f"fuselora.kernels.{path.stem}")
 
 DEVICE, DTYPE = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16
-TOKENS, HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, VOCAB, RANK = 1024, 1024, 2816, 16, 4, 64, 32000, 16
-
-
-def leaf(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=DTYPE, device=DEVICE).requires_grad_()
-
-
-def ones() -> Tensor:
-    return torch.ones(HIDDEN, dtype=DTYPE, device=DEVICE)
-
-
-def angles() -> tuple[Tensor, Tensor]:
-    half = torch.rand(1, TOKENS, HEAD_DIM // 2, device=DEVICE).repeat(1, 1, 2)
-    return half.cos().to(DTYPE), half.sin().to(DTYPE)
-
-
-def projections(*shapes: tuple[int, int]) -> list[Any]:
-    return [sample_projection(DTYPE, DEVICE, n, k, RANK) for n, k in shapes]
-
-
-def labels() -> Tensor:
-    return torch.randint(0, VOCAB, (TOKENS,), device=DEVICE)
-
-
-SIZED: dict[str, Callable[[], tuple[Any, ...]]] = {
-    "rms_norm": lambda: (leaf(TOKENS, HIDDEN), ones()),
-    "add_rms_norm": lambda: (leaf(TOKENS, HIDDEN), leaf(TOKENS, HIDDEN), ones()),
-    "layer_norm": lambda: (leaf(TOKENS, HIDDEN), ones()),
-    "rope": lambda: (leaf(1, TOKENS, HEADS, HEAD_DIM), leaf(1, TOKENS, KV_HEADS, HEAD_DIM), *angles()),
-    "glu": lambda: (leaf(TOKENS, INTER), leaf(TOKENS, INTER)),
-    "glu_packed": lambda: (leaf(TOKENS, 2 * INTER),),
-    "dropout": lambda: (leaf(TOKENS, HIDDEN), 0.1, torch.tensor(7)),
-    "cross_entropy": lambda: (leaf(TOKENS, VOCAB), labels()),
-    "linear_cross_entropy": lambda: (leaf(TOKENS, HIDDEN), leaf(VOCAB, HIDDEN).detach() * HIDDEN**-0.5, labels()),
-    "lora_linears": lambda: (leaf(TOKENS, HIDDEN), projections(*((n, HIDDEN) for n in (1024, 256, 256)))),
-    "lora_mlp": lambda: (leaf(TOKENS, HIDDEN), *projections((INTER, HIDDEN), (INTER, HIDDEN), (HIDDEN, INTER))),
-}
+SIZED = {name: make for name, make in workloads.functions(workloads.CPU, DTYPE, DEVICE).items() if name in FUNCTIONS}
 
 
 @functools.cache
