@@ -1,4 +1,4 @@
-"""Compile recorded launches ahead of time for any NVIDIA architecture, without a GPU, and read what came out.
+"""Compile recorded launches ahead of time for any GPU architecture, without a GPU, and read what came out.
 
 Triton's compiler needs no driver: ``triton.compile(ASTSource, GPUTarget)`` gives a cubin whose registers, spills,
 shared memory and instructions ``cuobjdump`` lists. Arguments are specialised as Triton's launcher does it: an integer 1
@@ -22,6 +22,7 @@ import torch
 from .launch import Launch
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+AMD_ARCHITECTURE = "gfx942"
 POINTER = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -31,6 +32,30 @@ POINTER = {
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What the blocks on one multiprocessor share, and what one block may take; shared memory in bytes."""
+
+    threads: int
+    blocks: int
+    shared: int
+    shared_per_block: int
+
+
+# CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability". 64 K registers everywhere.
+MULTIPROCESSORS = {
+    75: Multiprocessor(1024, 16, 64 << 10, 64 << 10),
+    80: Multiprocessor(2048, 32, 164 << 10, 163 << 10),
+    86: Multiprocessor(1536, 16, 100 << 10, 99 << 10),
+    89: Multiprocessor(1536, 24, 100 << 10, 99 << 10),
+    90: Multiprocessor(2048, 32, 228 << 10, 227 << 10),
+    100: Multiprocessor(2048, 32, 228 << 10, 227 << 10),
+    120: Multiprocessor(1536, 24, 100 << 10, 99 << 10),
+}
+REGISTERS = 65536
+RESERVED_SHARED = 1024  # bytes per block that the driver keeps for itself since compute capability 8.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +77,8 @@ class Resources:
     spills: int  # bytes of stack plus LDL/STL instructions
     shared: int  # bytes
     sass: dict[str, int]
+    threads: int  # per block
+    ttir: str
 
     def count(self, pattern: str) -> int:
         """Instructions whose mnemonic matches the regular expression from its start."""
@@ -60,6 +87,42 @@ class Resources:
     @property
     def instructions(self) -> int:
         return sum(self.sass.values()) - self.count("NOP")
+
+    def blocks_per_multiprocessor(self, capability: int) -> int:
+        """How many blocks are resident at once: the least of what registers, shared memory and threads allow."""
+        limit, warps = MULTIPROCESSORS[capability], self.threads // 32
+        registers = REGISTERS // (-(-self.registers * 32 // 256) * 256 * warps)  # handed to warps in units of 256
+        shared = self.shared + (RESERVED_SHARED if capability >= 80 else 0)
+        return min(
+            registers, limit.shared // shared if shared else limit.blocks, limit.threads // self.threads, limit.blocks
+        )
+
+    def wide_share(self, kind: str) -> float | None:
+        """Share of the bytes that "load" or "store" instructions move through global memory by 16 bytes or more per
+        thread or in bulk; None without such instructions. A count of the code: loops count once."""
+        width, bulk = _ACCESS[kind]
+        wide = narrow = 0
+        for name, n in self.sass.items():
+            if re.match(bulk, name):
+                return 1.0
+            if re.match(width, name):
+                size = next((size for mark, size in _WIDTH if re.search(mark, name)), 4)
+                wide, narrow = (wide + n * size, narrow) if size >= 16 else (wide, narrow + n * size)
+        return wide / (wide + narrow) if wide + narrow else None
+
+    @property
+    def dot_inputs(self) -> set[str]:
+        """Element types that the kernel multiplies as matrices: of {"bf16", "f16", "f32"}."""
+        return set(re.findall(r"tt\.dot .*: tensor<[0-9x]*x(\w+)[,>]", self.ttir))
+
+    @property
+    def tensor_core_instructions(self) -> int:
+        return self.count(r"HMMA|HGMMA|UTC\w*MMA")
+
+
+# LDG.E.128.SYS; LDGSTS.E.BYPASS.128 goes to shared memory; UTMALDG, UBLKCP are copies of whole tiles.
+_ACCESS = {"load": (r"LDG\b|LDGSTS", r"UTMALDG|UBLKCP"), "store": (r"STG\b", r"UTMASTG|UBLKCP")}
+_WIDTH = ((r"\.256", 32), (r"\.128", 16), (r"\.64", 8), (r"\.[US]16", 2), (r"\.[US]8", 1))
 
 
 def source(launch: Launch) -> Any:
@@ -71,11 +134,12 @@ def source(launch: Launch) -> Any:
     for i, name in enumerate(launch.kernel.arg_names):
         value = launch.args[name]
         kind, sixteen = _type(value)
-        if parameters[name].is_constexpr or value is None or (type(value) is int and value == 1):
+        specialize = not parameters[name].do_not_specialize
+        if parameters[name].is_constexpr or value is None or (specialize and type(value) is int and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
             continue
         signature[name] = kind
-        if sixteen and not parameters[name].do_not_specialize:
+        if sixteen and specialize:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
 
@@ -91,12 +155,22 @@ def _type(value: Any) -> tuple[str, bool]:
     return "fp32", False
 
 
-def compile_launch(launch: Launch, capability: int) -> Any:
-    """Triton's compiled kernel: ``asm`` ("ttgir", "ptx", "cubin") and ``metadata``."""
+def same_kernel(launch: Launch) -> str:
+    """Equal for launches that Triton compiles to one kernel: same function, specialisation and options."""
+    made = source(launch)
+    parts = (made.signature, made.constants, made.attrs, launch.options)
+    return f"{launch.kernel.fn.__module__}.{launch.kernel.__name__}" + "".join(str(sorted(p.items())) for p in parts)
+
+
+def compile_launch(launch: Launch, architecture: int | str) -> Any:
+    """Triton's compiled kernel: ``asm`` ("ttir", "ttgir", "ptx", "cubin") and ``metadata``. ``architecture`` is a
+    compute capability times ten, or AMD's name."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    return triton.compile(source(launch), target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    amd = isinstance(architecture, str)
+    target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", architecture, 32)
+    return triton.compile(source(launch), target=target, options=dict(launch.options))
 
 
 def resources(launch: Launch, capability: int) -> Resources:
@@ -105,17 +179,33 @@ def resources(launch: Launch, capability: int) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        usage, sass = (_cuobjdump(flag, cubin) for flag in ("-res-usage", "-sass"))
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+        listing = _cuobjdump(cubin)
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", listing)}
     # /*0010*/  @!P0 LDG.E.128.CONSTANT R4, desc[...] ;
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing, re.MULTILINE)
     counts = collections.Counter(names)
     local = sum(n for name, n in counts.items() if re.match(r"(LDL|STL)\b", name))
-    return Resources(used["REG"], used["STACK"] + local, compiled.metadata.shared, dict(counts))
+    # A warp-specialised kernel has more warps than it was asked for.
+    total = re.search(r'"ttg.total-num-warps" = (\d+)', compiled.asm["ttgir"])
+    threads = 32 * (int(total[1]) if total else compiled.metadata.num_warps)
+    spills = used["STACK"] + local
+    return Resources(used["REG"], spills, compiled.metadata.shared, dict(counts), threads, compiled.asm["ttir"])
 
 
-def _cuobjdump(flag: str, cubin: Path) -> str:
+def amd_resources(launch: Launch) -> dict[str, int]:
+    """Compile for AMD_ARCHITECTURE: vector registers, how many of them spilled, and bytes of shared memory."""
+    compiled = compile_launch(launch, AMD_ARCHITECTURE)
+    used = dict(re.findall(r"\.(vgpr\w*_count):\s*(\d+)", compiled.asm["amdgcn"]))
+    return {
+        "registers": int(used["vgpr_count"]),
+        "spills": int(used["vgpr_spill_count"]),
+        "shared": compiled.metadata.shared,
+    }
+
+
+def _cuobjdump(cubin: Path) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([str(tool), flag, str(cubin)], capture_output=True, text=True, check=True).stdout
+    command = [str(tool), "-res-usage", "-sass", str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
