@@ -1,0 +1,168 @@
+"""The GPU suite, one command: build, test, measure, in order of priority and within a time budget.
+
+    make gpu                                             # all, on the first CUDA device, under build/gpu
+    python bench/gpu_suite.py --out DIR --budget 540 --only tests --only kernels
+    python bench/gpu_suite.py --device cpu --smoke       # the same stages on tiny sizes without a GPU
+
+    build     native code (cmake; nvcc where it is), ``fuselora env``
+    tests     the GPU-marked tests
+    first     the measurements that settle design choices (first_run.py)
+    layer     one Llama-3-8B decoder layer: time, launches, saved bytes (layer.py)
+    kernels   every op and function against its rivals (op_times.py)
+    steps     whole training steps against stock PEFT and torch.compile (train_step.py)
+
+Each stage is a process with its share of the time that is left, and writes its own JSON as it goes, so that a stage
+that crashes or runs out of time costs only its own rest. What is missing on the machine is named, not hidden. Needs no
+installation: ``PYTHONPATH=python python bench/gpu_suite.py`` in a checkout with torch, triton, transformers and peft.
+Exits with 1 if a stage failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import suite_table
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# Share of the time left that a stage may take, in order of priority.
+STAGES = {"build": 0.2, "tests": 0.45, "first": 0.2, "layer": 0.2, "kernels": 0.5, "steps": 1.0}
+# preset, more arguments, seconds it is expected to take on an H200; what does not fit is skipped and said.
+STEP_RUNS = (
+    ("llama-3-8b", ("--checkpointing", "--rounds", "5"), 100),
+    ("llama-3-8b", ("--rounds", "5"), 90),
+    ("llama-3-8b", ("--rounds", "5", "--batch", "2", "--seq", "256"), 60),
+    ("qwen3-4b", ("--rounds", "5"), 90),
+)
+
+
+class Suite:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, args.out.resolve()
+        self.end = time.monotonic() + args.budget
+        self.results: dict[str, dict[str, Any]] = {}
+        self.environment = os.environ | {"PYTHONPATH": _path(), "PYTHONUNBUFFERED": "1"}
+
+    @property
+    def left(self) -> float:
+        return max(0.0, self.end - time.monotonic())
+
+    def run(self, name: str, command: list[str], limit: float) -> bool:
+        """One process, its output to the terminal and to ``<out>/<name>.log``. True when it ended with 0."""
+        start = time.monotonic()
+        print(f"== {name}, at most {limit:.0f} s: {' '.join(command)}", flush=True)
+        with open(self.out / f"{name}.log", "a") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            assert process.stdout is not None
+            timer = _killer(process, limit)
+            for line in process.stdout:
+                log.write(line)
+                print(line, end="", flush=True)
+            code = process.wait()
+            timed_out = not timer.cancel_if_waiting()
+        seconds = time.monotonic() - start
+        said = "out of time" if timed_out else "ok" if code == 0 else f"failed with {code}"
+        self.results.setdefault(name, {"runs": []})["runs"].append({"command": command, "s": seconds, "ended": said})
+        (self.out / "suite.json").write_text(json.dumps(self.results, indent=1) + "\n")
+        return code == 0
+
+    def build(self, limit: float) -> bool:
+        if shutil.which("cmake") is None:
+            print("build: cmake is missing, native code is not built; CUDA C++ ops stay on Triton or their reference")
+            ok = True
+        else:
+            ok = self.run("build", ["cmake", "-S", ".", "-B", "build/native"], limit)
+            ok = ok and self.run("build", ["cmake", "--build", "build/native", "--parallel"], limit)
+        return self.run("build", [sys.executable, "-m", "fuselora", "env"], limit) and ok
+
+    def tests(self, limit: float) -> bool:
+        chosen = ["-m", "gpu"] if not self.args.smoke else ["tests/kernels/test_contract.py", "-k", "rms_norm"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+        return self.run("tests", [*command, "--junit-xml", str(self.out / "tests.xml")], limit)
+
+    def measured(self, name: str, limit: float) -> bool:
+        script = {"first": "first_run.py", "layer": "layer.py", "kernels": "op_times.py"}[name]
+        command = [sys.executable, f"bench/{script}", "--out", str(self.out), "--device", self.args.device]
+        command += ["--budget", f"{max(1.0, limit - 10):.0f}", *(["--smoke"] if self.args.smoke else [])]
+        return self.run(name, command, limit)
+
+    def steps(self, limit: float) -> bool:
+        runs = (("tiny", ("--rounds", "1", "--warmup", "1"), 1),) if self.args.smoke else STEP_RUNS
+        baselines = ["peft"] if self.args.smoke else ["peft", "peft-bf16", "peft-compile"]
+        ok = True
+        for i, (preset, more, expected) in enumerate(runs):
+            if self.left < expected:
+                self.results.setdefault("steps", {"runs": []}).setdefault("skipped", []).append([preset, *more])
+                print(f"steps: {preset} {' '.join(more)} skipped, {self.left:.0f} s left of {expected} s needed")
+                continue
+            target = ["--json", str(self.out / f"steps-{i}.json"), "--device", self.args.device]
+            command = [sys.executable, "bench/train_step.py", "--preset", preset, *more, *target]
+            ok = self.run("steps", [*command, "--baseline", *baselines], self.left) and ok
+        return ok
+
+    def all(self) -> bool:
+        self.out.mkdir(parents=True, exist_ok=True)
+        ok = True
+        for name, share in STAGES.items():
+            if self.args.only and name not in self.args.only:
+                continue
+            limit = max(5.0, self.left * share)
+            ok = (
+                self.measured(name, limit) if name in ("first", "layer", "kernels") else getattr(self, name)(limit)
+            ) and ok
+        table = suite_table.table(self.out)
+        (self.out / "table.txt").write_text(table + "\n")
+        print(table, flush=True)
+        return ok
+
+
+class _killer:
+    """Kills the process after ``limit`` seconds."""
+
+    def __init__(self, process: subprocess.Popen[str], limit: float) -> None:
+        import threading
+
+        self.fired = False
+
+        def fire() -> None:
+            self.fired = True
+            process.kill()
+
+        self.timer = threading.Timer(limit, fire)
+        self.timer.start()
+
+    def cancel_if_waiting(self) -> bool:
+        """True if the process ended by itself."""
+        self.timer.cancel()
+        return not self.fired
+
+
+def _path() -> str:
+    return os.pathsep.join(filter(None, [str(ROOT / "python"), os.environ.get("PYTHONPATH")]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything")
+    parser.add_argument("--only", action="append", choices=list(STAGES), help="run these stages (repeat it)")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
+    args = parser.parse_args(argv)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.exit(2, "error: --device: expected a CUDA device, got none; on CPU: --device cpu --smoke\n")
+    return 0 if Suite(args).all() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Every op and every public function of the registry at the sizes of real models: parity, time, share of the machine.
+
+    python bench/op_times.py --out build/gpu
+
+Ops run on the registry's workloads, once per implementation: time, bytes of the op's own cost model per second as a
+share of this run's copy bandwidth, FLOPs as a share of its matmul rate. Functions run forward plus backward beside their
+rivals (``rivals.py``) at one Llama-3-8B layer of 4096 tokens. Both pass the numerics rule against fp64 in the same run
+or get no figure.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import workloads
+from rivals import Missing, rivals
+from stage import Stage
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+import fuselora.functional  # noqa: F401  (fills the registry)
+from fuselora.kernels.numerics import K_ELEMENTWISE, K_REDUCTION
+from fuselora.kernels.registry import DISPATCH_KEY, FUNCTIONS, OPS, Function, Op, Sample
+from fuselora.testing import assert_function_close, assert_kernel_close
+
+ENOUGH_SECONDS = 6.0  # a measurement is not begun with less time left
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def doubled(x: Any) -> Any:
+    if isinstance(x, torch.dtype):
+        return torch.float64
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def op_cases(op: Op, stage: Stage) -> Iterator[Sample]:
+    """The op's workloads; in smoke runs and where it has none, its first sample that holds data."""
+    found = [] if stage.smoke else list(op.workloads(torch.bfloat16, stage.device))
+    yield from found or [
+        s for s in op.samples(torch.bfloat16, stage.device) if all(t.numel() for t in tensors(s.args))
+    ][:1]  # fmt: skip
+
+
+def op_parity(op: Op, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    k = K_REDUCTION if op.long_reduction else K_ELEMENTWISE
+    truth, stock = op.reference(*tree_map(doubled, args)), op.reference(*args)
+    for triple in zip(tensors(fn(*args)), tensors(truth), tensors(stock), strict=True):
+        assert_kernel_close(*triple, name=op.name, k=k)
+
+
+def measure_op(op: Op, tag: str, case: Sample, stage: Stage) -> dict[str, Any]:
+    fn = op.reference if tag == "reference" else op.impls[tag].fn
+    if tag != "reference":
+        if reason := op.impls[tag].supports(*case.args):
+            return {"refused": reason}
+        op_parity(op, fn, case.args)
+    seconds, cost = stage.watch.seconds(lambda: fn(*case.args)), op.cost(*case.args)
+    return {
+        "parity": True,
+        "seconds": seconds,
+        "bytes": cost.bytes,
+        "share_of_copy": cost.bytes / seconds / stage.limits["copy_bytes_per_s"],
+        "share_of_matmul": cost.flops / seconds / stage.limits["matmul_flop_per_s"],
+    }
+
+
+def measure_function(record: Function, name: str, args: tuple[Any, ...], stage: Stage) -> dict[str, Any]:
+    """Forward plus backward of ours or of a rival, in seconds, with peak memory above the inputs on CUDA."""
+    if name == "fuselora":
+        assert_function_close(record, Sample("workload", args))
+        fn = record.fn
+    else:
+        try:
+            fn = rivals(record)[name]()
+        except Missing as missing:
+            return {"missing": str(missing)}
+    inputs = [x for x in tensors(args) if x.requires_grad]
+    upstream = [torch.randn_like(y) for y in tensors(fn(*args))]
+
+    def forward_backward() -> None:
+        torch.autograd.grad(tensors(fn(*args)), inputs, upstream)
+
+    figures = {"seconds": stage.watch.seconds(forward_backward)}
+    if stage.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        forward_backward()
+        figures["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    return figures
+
+
+def main() -> int:
+    stage = Stage("kernels", __doc__)
+    key = stage.device.type.upper()
+    for op in OPS.values():
+        tags = [*(tag for tag in op.impls if DISPATCH_KEY[tag] == key), "reference"]
+        for case in op_cases(op, stage):
+            for tag in tags:
+                name = f"op {op.name} [{case.name}] {tag}"
+                stage.measure(name, measure_op, op, tag, case, stage, seconds=ENOUGH_SECONDS)
+    shape = workloads.SMOKE if stage.smoke else workloads.LLAMA_3_8B
+    for name, make in workloads.functions(shape, torch.bfloat16, stage.device).items():
+        if record := FUNCTIONS.get(name):
+            args = make()
+            for side in ("fuselora", *rivals(record)):
+                label = f"function {name} {side}"
+                stage.measure(label, measure_function, record, side, args, stage, seconds=ENOUGH_SECONDS)
+    return stage.exit_code()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

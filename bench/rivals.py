@@ -1,0 +1,62 @@
+"""Other implementations of our public functions, by name: what a figure of ours stands beside.
+
+``eager`` is stock PyTorch as transformers and PEFT write it, ``compile`` the same under ``torch.compile`` (inductor),
+``liger`` Liger's kernel where there is one. A rival that is not installed is named with the reason, not left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fuselora.kernels.registry import Function
+
+
+class Missing(RuntimeError):
+    """A rival that does not run here, and why."""
+
+
+def rivals(record: Function) -> dict[str, Callable[[], Callable[..., Any]]]:
+    """Name -> maker of the rival of this function, called with the function's own arguments; makers raise Missing."""
+    found: dict[str, Callable[[], Callable[..., Any]]] = {
+        "eager": lambda: record.eager,
+        "compile": lambda: _compiled(record.eager),
+    }
+    if record.name in LIGER:
+        found["liger"] = lambda: _liger(record.name)
+    return found
+
+
+def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(fn)
+
+
+def _liger(name: str) -> Callable[..., Any]:
+    try:
+        from liger_kernel.transformers import functional
+    except ImportError as error:
+        raise Missing(f"liger-kernel is not installed: {error}") from error
+    return LIGER[name](functional)
+
+
+def _liger_rope(functional: Any) -> Callable[..., Any]:
+    def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # It writes in place into [B, H, S, D]; the copies keep the inputs for the next round, as autograd would.
+        rotated = functional.liger_rope(q.transpose(1, 2).clone(), k.transpose(1, 2).clone(), cos, sin)
+        return tuple(x.transpose(1, 2) for x in rotated)
+
+    return rope
+
+
+LIGER: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "rms_norm": lambda f: lambda x, w: f.liger_rms_norm(x, w, 1e-6, in_place=False),
+    "add_rms_norm": lambda f: lambda x, r, w: f.liger_fused_add_rms_norm(x, r, w, 1e-6, in_place=False),
+    "layer_norm": lambda f: lambda x, w: f.liger_layer_norm(x, w, torch.zeros_like(w), 1e-5),
+    "rope": _liger_rope,
+    "glu": lambda f: lambda g, u: f.liger_swiglu(g, u),
+    "cross_entropy": lambda f: lambda x, labels: f.liger_cross_entropy(x.clone(), labels),
+    "linear_cross_entropy": lambda f: lambda h, w, labels: f.liger_fused_linear_cross_entropy(h, w, labels),
+}

@@ -1,0 +1,91 @@
+"""The GPU suite end to end without a GPU: every stage runs, records as it goes, and survives what fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_suite
+import op_times
+import pytest
+import suite_table
+from rivals import Missing, rivals
+from stage import Stage
+
+from fuselora.kernels.registry import FUNCTIONS, OPS, Impl
+
+BENCH = Path(gpu_suite.__file__).parent
+
+
+def test_smoke_run_on_cpu_records_every_stage(tmp_path):
+    stages = ("first", "layer", "kernels", "steps")
+    command = [sys.executable, str(BENCH / "gpu_suite.py"), "--out", str(tmp_path), "--device", "cpu", "--smoke"]
+    run = subprocess.run(
+        [*command, "--budget", "500", *(f"--only={stage}" for stage in stages)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    suite = json.loads((tmp_path / "suite.json").read_text())
+    assert {name: result["runs"][0]["ended"] for name, result in suite.items()} == dict.fromkeys(stages, "ok")
+    for name in ("first", "layer", "kernels"):
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert record["smoke"] and record["entries"] and not record["skipped"]
+        assert record["machine"].keys() == {"copy_bytes_per_s", "matmul_flop_per_s"}
+        assert not any("error" in entry for entry in record["entries"])
+    names = {entry["name"].split()[1] for entry in record["entries"]}
+    assert set(OPS) <= names, f"not measured: {set(OPS) - names}"
+    printed = (tmp_path / "table.txt").read_text()
+    assert "SMOKE RUN" in printed and "step of tiny" in printed and "stage kernels  ok" in printed
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py", "--out", str(tmp_path), "--budget", "60", "--device", "cpu", "--smoke"])
+    return Stage("demo", None)
+
+
+def test_a_failed_measurement_is_recorded_and_the_next_one_runs(stage):
+    def broken():
+        raise ValueError("wrong by 3")
+
+    stage.measure("broken", broken)
+    stage.measure("good", lambda: {"seconds": 1.0})
+    stage.measure("too long", lambda: {}, seconds=1e9)
+    record = json.loads(stage.path.read_text())
+    assert record["entries"] == [
+        {"name": "broken", "error": "ValueError: wrong by 3"},
+        {"name": "good", "seconds": 1.0},
+    ]
+    assert record["skipped"] == ["too long"] and stage.exit_code() == 1
+
+
+def test_a_wrong_kernel_gets_no_figure(stage, monkeypatch):
+    op = OPS["rms_norm"]
+    wrong = Impl("cpu", lambda *args: tuple(1.1 * y for y in op.reference(*args)), lambda *args: None)
+    monkeypatch.setitem(op.impls, "cpu", wrong)
+    (case,) = op_times.op_cases(op, stage)
+    with pytest.raises(AssertionError, match="rms_norm"):
+        op_times.measure_op(op, "cpu", case, stage)
+
+
+def test_a_missing_rival_is_named():
+    with pytest.raises(Missing, match="liger-kernel is not installed"):
+        rivals(FUNCTIONS["rms_norm"])["liger"]()
+
+
+def test_a_stage_that_hangs_is_killed_and_said(tmp_path):
+    class Args:
+        out, budget, only, device, smoke = tmp_path, 60.0, None, "cpu", True
+
+    suite = gpu_suite.Suite(Args)
+    assert not suite.run("first", [sys.executable, "-c", "import time; print('in', flush=True); time.sleep(60)"], 2.0)
+    (run,) = suite.results["first"]["runs"]
+    assert run["ended"] == "out of time" and (tmp_path / "first.log").read_text() == "in\n"
+    assert "out of time" in suite_table.table(tmp_path)
+
+
+def test_no_cuda_device_ends_with_2_and_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu_suite.main([])
+    assert stop.value.code == 2 and "expected a CUDA device, got none" in capsys.readouterr().err
