@@ -71,7 +71,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes on one architecture. ``sass`` counts instructions by mnemonic with its modifiers."""
+    """What one kernel takes on one architecture.
+
+    ``sass`` counts machine instructions by mnemonic with its modifiers; empty where it was not disassembled. Accesses
+    and tensor-core instructions are read from the PTX, which is there in any case and whose widths ptxas keeps.
+    """
 
     registers: int
     spills: int  # bytes of stack plus LDL/STL instructions
@@ -79,6 +83,7 @@ class Resources:
     sass: dict[str, int]
     threads: int  # per block
     ttir: str
+    ptx: str
 
     def count(self, pattern: str) -> int:
         """Instructions whose mnemonic matches the regular expression from its start."""
@@ -93,22 +98,18 @@ class Resources:
         limit, warps = MULTIPROCESSORS[capability], self.threads // 32
         registers = REGISTERS // (-(-self.registers * 32 // 256) * 256 * warps)  # handed to warps in units of 256
         shared = self.shared + (RESERVED_SHARED if capability >= 80 else 0)
-        return min(
-            registers, limit.shared // shared if shared else limit.blocks, limit.threads // self.threads, limit.blocks
-        )
+        by_shared = limit.shared // shared if shared else limit.blocks
+        return min(registers, by_shared, limit.threads // self.threads, limit.blocks)
 
     def wide_share(self, kind: str) -> float | None:
         """Share of the bytes that "load" or "store" instructions move through global memory by 16 bytes or more per
         thread or in bulk; None without such instructions. A count of the code: loops count once."""
-        width, bulk = _ACCESS[kind]
-        wide = narrow = 0
-        for name, n in self.sass.items():
-            if re.match(bulk, name):
-                return 1.0
-            if re.match(width, name):
-                size = next((size for mark, size in _WIDTH if re.search(mark, name)), 4)
-                wide, narrow = (wide + n * size, narrow) if size >= 16 else (wide, narrow + n * size)
-        return wide / (wide + narrow) if wide + narrow else None
+        bulk, plain, asynchronous = _ACCESS[kind]
+        if re.search(bulk, self.ptx):
+            return 1.0
+        sizes = [int(n or 1) * int(bits) // 8 for n, bits in re.findall(plain, self.ptx)]
+        sizes += [int(size, 0) for size in re.findall(asynchronous, self.ptx)]
+        return sum(size for size in sizes if size >= 16) / sum(sizes) if sizes else None
 
     @property
     def dot_inputs(self) -> set[str]:
@@ -116,13 +117,20 @@ class Resources:
         return set(re.findall(r"tt\.dot .*: tensor<[0-9x]*x(\w+)[,>]", self.ttir))
 
     @property
-    def tensor_core_instructions(self) -> int:
-        return self.count(r"HMMA|HGMMA|UTC\w*MMA")
+    def matrix_instructions(self) -> set[str]:
+        """The kinds of tensor-core instructions: of {"mma", "wgmma", "tcgen05"}."""
+        return set(re.findall(r"\b(mma|wgmma|tcgen05)\.(?:sync|mma)", self.ptx))
 
 
-# LDG.E.128.SYS; LDGSTS.E.BYPASS.128 goes to shared memory; UTMALDG, UBLKCP are copies of whole tiles.
-_ACCESS = {"load": (r"LDG\b|LDGSTS", r"UTMALDG|UBLKCP"), "store": (r"STG\b", r"UTMASTG|UBLKCP")}
-_WIDTH = ((r"\.256", 32), (r"\.128", 16), (r"\.64", 8), (r"\.[US]16", 2), (r"\.[US]8", 1))
+# ld.global.v4.b32; cp.async goes to shared memory, its third operand is the size; cp.async.bulk moves whole tiles.
+_ACCESS = {
+    "load": (
+        r"cp\.async\.bulk\S*shared\S*global",
+        r"\bld\.global\S*?(?:\.v(\d))?\.[busf](\d+)\b",
+        r"cp\.async\.c[ag]\.shared\.global[^;]*?\], (0x[0-9a-f]+|\d+)",
+    ),
+    "store": (r"cp\.async\.bulk\S*global\.shared", r"\bst\.global\S*?(?:\.v(\d))?\.[busf](\d+)\b", r"(?!)"),
+}
 
 
 def source(launch: Launch) -> Any:
@@ -173,13 +181,16 @@ def compile_launch(launch: Launch, architecture: int | str) -> Any:
     return triton.compile(source(launch), target=target, options=dict(launch.options))
 
 
-def resources(launch: Launch, capability: int) -> Resources:
-    """Compile for sm_<capability> and read registers, spills, shared memory and instructions from the cubin."""
+def resources(launch: Launch, capability: int, disassemble: bool = True) -> Resources:
+    """Compile for sm_<capability> and read registers, spills, shared memory and instructions from the cubin.
+
+    Disassembling takes about twice as long as compiling; spills are seen without it.
+    """
     compiled = compile_launch(launch, capability)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        listing = _cuobjdump(cubin)
+        listing = _cuobjdump("-res-usage", *(["-sass"] if disassemble else []), str(cubin))
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", listing)}
     # /*0010*/  @!P0 LDG.E.128.CONSTANT R4, desc[...] ;
     names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing, re.MULTILINE)
@@ -188,8 +199,15 @@ def resources(launch: Launch, capability: int) -> Resources:
     # A warp-specialised kernel has more warps than it was asked for.
     total = re.search(r'"ttg.total-num-warps" = (\d+)', compiled.asm["ttgir"])
     threads = 32 * (int(total[1]) if total else compiled.metadata.num_warps)
-    spills = used["STACK"] + local
-    return Resources(used["REG"], spills, compiled.metadata.shared, dict(counts), threads, compiled.asm["ttir"])
+    return Resources(
+        registers=used["REG"],
+        spills=used["STACK"] + local,
+        shared=compiled.metadata.shared,
+        sass=dict(counts),
+        threads=threads,
+        ttir=compiled.asm["ttir"],
+        ptx=compiled.asm["ptx"],
+    )
 
 
 def amd_resources(launch: Launch) -> dict[str, int]:
@@ -203,9 +221,8 @@ def amd_resources(launch: Launch) -> dict[str, int]:
     }
 
 
-def _cuobjdump(cubin: Path) -> str:
+def _cuobjdump(*arguments: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [str(tool), "-res-usage", "-sass", str(cubin)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
