@@ -6,6 +6,7 @@ The maths, what is saved and the numerics are those of ``lora.py``; this file is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,48 +16,50 @@ from .dropout import draw_seed, dropout_mask
 from .lora import (
     LoRA,
     Projection,
+    adapters,
+    add_delta,
+    bias_grads,
     compute_dtype,
-    delta_input_grad,
+    low_rank_backward,
     no_autocast,
-    output_grads,
     project,
     projections_backward,
-    scaled_b,
     shrink,
-    twice,
 )
 from .registry import Sample, function
 
-FIELDS = 6  # tensors per projection in a flat argument list: weight, bias, a, b, lora_bias, seed
-
-Static = tuple[tuple[float, float, bool] | None, ...]
+Static = tuple[tuple[tuple[float, float, bool], ...], ...]
 
 
-def flatten(projections: Sequence[Projection]) -> tuple[list[Tensor | None], Static]:
-    """(tensors for ``Function.apply``, (scaling, p, split) per projection or None without adapter)."""
-    tensors: list[Tensor | None] = []
+def flatten(projections: Sequence[Projection]) -> tuple[list[Any], Static]:
+    """(the tensors, gradients or flags as ``Function.apply`` takes them, (scaling, p, split) per adapter)."""
+    values: list[Any] = []
     for weight, bias, lora in projections:
-        tensors += [weight, bias, *((None,) * 4 if lora is None else (lora.a, lora.b, lora.bias, lora.seed))]
-    return tensors, tuple(None if p.lora is None else (p.lora.scaling, p.lora.p, p.lora.split) for p in projections)
+        values += [weight, bias]
+        for one in adapters(lora):
+            values += [one.a, one.b, one.bias, one.seed]
+    return values, tuple(tuple((one.scaling, one.p, one.split) for one in adapters(p.lora)) for p in projections)
 
 
-def unflatten(tensors: Sequence[Tensor | None], static: Static) -> list[Projection]:
-    """Inverse of ``flatten``."""
-    projections = []
-    for i, options in enumerate(static):
-        weight, bias, a, b, lora_bias, seed = tensors[FIELDS * i : FIELDS * (i + 1)]
-        lora = None
-        if options is not None:
-            scaling, p, split = options
-            lora = LoRA(a, b, scaling, p, lora_bias, seed, split)
-        projections.append(Projection(weight, bias, lora))
+def unflatten(values: Sequence[Any], static: Static) -> list[Projection]:
+    """Inverse of ``flatten``, for tensors, gradients and flags alike."""
+    projections, at = [], 0
+    for options in static:
+        weight, bias = values[at : at + 2]
+        at += 2
+        loras = []
+        for scaling, p, split in options:
+            a, b, lora_bias, seed = values[at : at + 4]
+            loras.append(LoRA(a, b, scaling, p, lora_bias, seed, split))
+            at += 4
+        projections.append(Projection(weight, bias, tuple(loras)))
     return projections
 
 
 def prepare(projection: Projection, x: Tensor) -> Projection:
-    """Settle what the call depends on: the dropout seed (each adapter has its own mask, as in PEFT) and the split."""
-    lora = projection.lora
-    return projection if lora is None else projection._replace(lora=prepare_lora(lora, x, compute_dtype(x)))
+    """Settle what the call depends on: dropout seeds (each adapter has its own mask, as in PEFT) and splits."""
+    loras = tuple(prepare_lora(lora, x, compute_dtype(x)) for lora in adapters(projection.lora))
+    return projection._replace(lora=loras)
 
 
 def prepare_lora(lora: LoRA, x: Tensor, dtype: torch.dtype) -> LoRA:
@@ -84,57 +87,50 @@ class _LoRALinears(torch.autograd.Function):
         projections = unflatten(tensors, static)
         with no_autocast(x):
             x2 = rows(x).to(dtype)
-            ss = shrink(x2, projections)
-            ys = tuple(unrows(project(x2, p, s), x) for p, s in zip(projections, ss, strict=True))
-        ctx.save_for_backward(x2, *ss, *tensors)
+            s = shrink(x2, projections)
+            ys = tuple(unrows(y, x) for y in project(x2, projections, s))
+        ctx.save_for_backward(x2, s, *tensors)
         ctx.static, ctx.shape, ctx.dtype = static, x.shape, x.dtype
         return ys
 
     @staticmethod
     def backward(ctx, *dys):
-        n = len(ctx.static)
-        x2, *rest = ctx.saved_tensors
-        ss, projections = rest[:n], unflatten(rest[n:], ctx.static)
-        needs = [ctx.needs_input_grad[3 + FIELDS * i : 3 + FIELDS * (i + 1)] for i in range(n)]
+        x2, s, *tensors = ctx.saved_tensors
+        projections, needs = unflatten(tensors, ctx.static), unflatten(ctx.needs_input_grad[3:], ctx.static)
         with no_autocast(x2):
             flat = [None if dy is None else rows(dy) for dy in dys]
-            dx, grads = projections_backward(flat, x2, projections, ss, needs, ctx.needs_input_grad[0])
+            dx, grads = projections_backward(flat, x2, projections, s, needs, ctx.needs_input_grad[0])
         dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtype)
-        return dx, None, None, *(g for group in grads for g in (*group, None))
+        return dx, None, None, *flatten(grads)[0]
 
 
 class _LoRADelta(torch.autograd.Function):
+    """The tensors are those of one projection without weight and bias."""
+
     @staticmethod
-    def forward(ctx, y, x, options, a, b, bias, seed):
-        scaling, p, split = options
-        lora = LoRA(a, b, scaling, p, bias, seed, split)
+    def forward(ctx, y, x, static, *tensors):
+        (projection,) = unflatten(tensors, static)
         with no_autocast(x):
-            x2, y2 = rows(x).to(y.dtype), rows(y)
-            (s,) = shrink(x2, [Projection(b, None, lora)])
-            base = y2 if bias is None else y2 + (bias * scaling).to(y.dtype)
-            out = torch.addmm(base, twice(s, lora), scaled_b(lora, y.dtype).t())
-        ctx.save_for_backward(x2, s, a, b, bias, seed)
-        ctx.options, ctx.shape, ctx.dtype = options, x.shape, x.dtype
+            x2 = rows(x).to(y.dtype)
+            s = shrink(x2, [projection])
+            out = add_delta(rows(y), s, projection.lora)
+        ctx.save_for_backward(x2, s, *tensors)
+        ctx.static, ctx.shape, ctx.dtype = static, x.shape, x.dtype
         return unrows(out, y)
 
     @staticmethod
     def backward(ctx, dy):
-        x2, s, a, b, bias, seed = ctx.saved_tensors
-        scaling, p, split = ctx.options
-        lora, needs = LoRA(a, b, scaling, p, bias, seed, split), ctx.needs_input_grad
-        dx = da = dbias = None
+        x2, s, *tensors = ctx.saved_tensors
+        (projection,), (need,) = unflatten(tensors, ctx.static), unflatten(ctx.needs_input_grad[3:], ctx.static)
+        dx = None
         with no_autocast(x2):
             dy2 = rows(dy)
-            ds, db = output_grads(dy2, s, lora)
-            if needs[3]:
-                dropped = x2 if p == 0.0 else torch.ops.fuselora.dropout(x2, seed, p)
-                da = torch.ops.fuselora.lora_grad_a(ds, dropped, a.dtype)
-            if needs[1]:
-                dx = delta_input_grad(ds, lora).view(ctx.shape).to(ctx.dtype)
-            if needs[5]:
-                acc = torch.promote_types(dy.dtype, torch.float32)
-                dbias = (dy2.sum(0, dtype=acc) * scaling).to(bias.dtype)
-        return dy, dx, None, da, db if needs[4] else None, dbias, None
+            dx2, _, grads = low_rank_backward([dy2], [], x2, [projection], s, [need], ctx.needs_input_grad[1])
+            _, dbiases = bias_grads(dy2, None, projection.lora, need)
+        if dx2 is not None:
+            dx = dx2.view(ctx.shape).to(ctx.dtype)
+        grads = [grad._replace(bias=dbias) for grad, dbias in zip(grads, dbiases, strict=True)]
+        return dy, dx, None, *flatten([Projection(None, None, tuple(grads))])[0]
 
 
 def check_projection(op: str, name: str, x: Tensor, proj: Projection) -> None:
@@ -144,22 +140,23 @@ def check_projection(op: str, name: str, x: Tensor, proj: Projection) -> None:
     if proj.bias is not None:
         checks.check_dim(op, f"{name}.bias", proj.bias, 0, proj.weight.shape[0])
     checks.check_same_device(op, x=x, weight=proj.weight)
-    if proj.lora is not None:
-        check_lora(op, name, x, proj.lora, proj.weight.shape[0])
+    check_adapters(op, f"{name}.lora", x, proj.lora, proj.weight.shape[0])
 
 
-def check_lora(op: str, name: str, x: Tensor, lora: LoRA, out_features: int) -> None:
-    checks.check_ndim(op, f"{name}.lora.a", lora.a, 2)
-    checks.check_dim(op, f"{name}.lora.a", lora.a, 1, x.shape[-1])
-    if lora.b.shape != (out_features, lora.a.shape[0]):
-        expected = (out_features, lora.a.shape[0])
-        raise checks.fail(op, f"{name}.lora.b.shape", expected, tuple(lora.b.shape), "a and b must share their rank")
-    checks.check_range(op, f"{name}.lora.p", lora.p, 0.0, 1.0)
-    checks.check_same_device(op, x=x, a=lora.a, b=lora.b)
+def check_adapters(op: str, name: str, x: Tensor, lora: LoRA | tuple[LoRA, ...] | None, out_features: int) -> None:
+    for j, one in enumerate(adapters(lora)):
+        where = name if isinstance(lora, LoRA) else f"{name}[{j}]"
+        checks.check_ndim(op, f"{where}.a", one.a, 2)
+        checks.check_dim(op, f"{where}.a", one.a, 1, x.shape[-1])
+        if one.b.shape != (out_features, one.a.shape[0]):
+            expected = (out_features, one.a.shape[0])
+            raise checks.fail(op, f"{where}.b.shape", expected, tuple(one.b.shape), "a and b must share their rank")
+        checks.check_range(op, f"{where}.p", one.p, 0.0, 1.0)
+        checks.check_same_device(op, x=x, a=one.a, b=one.b)
 
 
 def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
-    """Several linears, each with or without an adapter, of one input: one skinny GEMM for all A's, one dX.
+    """Several linears of one input, each with any number of adapters: one skinny GEMM for all A's, one dX.
 
     Args:
         x: [..., K], fp32, bf16, fp16 or fp64. Under autocast everything is cast to the autocast dtype.
@@ -178,40 +175,48 @@ def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, 
     return _LoRALinears.apply(x, compute_dtype(x), static, *tensors)
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lora: LoRA | None = None) -> Tensor:
-    """One linear with an adapter: x W^T + bias + scaling drop(x) A^T B^T. See ``lora_linears``."""
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, lora: LoRA | tuple[LoRA, ...] | None = None
+) -> Tensor:
+    """One linear with its adapters: x W^T + bias + sum_j scaling_j drop_j(x) A_j^T B_j^T. See ``lora_linears``."""
     return lora_linears(x, [Projection(weight, bias, lora)])[0]
 
 
-def lora_delta(y: Tensor, x: Tensor, lora: LoRA) -> Tensor:
-    """y + scaling drop(x) A^T B^T for a base layer that computes y by itself (a quantised one, a second adapter).
+def lora_delta(y: Tensor, x: Tensor, lora: LoRA | tuple[LoRA, ...]) -> Tensor:
+    """y + sum_j scaling_j drop_j(x) A_j^T B_j^T for a base layer that computes y by itself (a quantised one).
 
     Args:
         y: [..., N], the base layer's output; the result has its dtype.
         x: [..., K], the base layer's input.
+        lora: one adapter, or several in a tuple.
 
     Raises:
-        ValueError: wrong dtype, shape, device or dropout probability.
+        ValueError: wrong dtype, shape, device or dropout probability, or no adapter.
     """
     checks.check_float("lora_delta", "y", y)
     checks.check_float("lora_delta", "x", x)
-    check_lora("lora_delta", "lora", x, lora, y.shape[-1])
-    lora = prepare_lora(lora, x, y.dtype)
-    return _LoRADelta.apply(y, x, (lora.scaling, lora.p, lora.split), lora.a, lora.b, lora.bias, lora.seed)
+    check_adapters("lora_delta", "lora", x, lora, y.shape[-1])
+    if not adapters(lora):
+        raise checks.fail("lora_delta", "lora", "at least one adapter", lora, "use y where no adapter is active")
+    loras = tuple(prepare_lora(one, x, y.dtype) for one in adapters(lora))
+    tensors, static = flatten([Projection(None, None, loras)])  # type: ignore[arg-type]
+    return _LoRADelta.apply(y, x, static, *tensors)
 
 
 def eager_projection(x: Tensor, proj: Projection) -> Tensor:
     """Stock PEFT: base layer, then result + B(A(dropout(x))) * scaling, in the input's dtype; the mask is explicit."""
-    result = torch.nn.functional.linear(x, proj.weight, proj.bias)
-    return result if proj.lora is None else eager_lora_delta(result, x, proj.lora)
+    return eager_lora_delta(torch.nn.functional.linear(x, proj.weight, proj.bias), x, proj.lora)
 
 
-def eager_lora_delta(y: Tensor, x: Tensor, lora: LoRA) -> Tensor:
-    dropped = x.to(lora.a.dtype)
-    if lora.p > 0.0:
-        dropped = dropped * dropout_mask(lora.seed, x.shape, lora.p, x.device) * (1.0 / (1.0 - lora.p))
-    low = torch.nn.functional.linear(dropped, lora.a)
-    return (y + torch.nn.functional.linear(low, lora.b, lora.bias) * lora.scaling).to(y.dtype)
+def eager_lora_delta(y: Tensor, x: Tensor, lora: LoRA | tuple[LoRA, ...] | None) -> Tensor:
+    result = y
+    for one in adapters(lora):
+        dropped = x.to(one.a.dtype)
+        if one.p > 0.0:
+            dropped = dropped * dropout_mask(one.seed, x.shape, one.p, x.device) * (1.0 / (1.0 - one.p))
+        low = torch.nn.functional.linear(dropped, one.a)
+        result = result + torch.nn.functional.linear(low, one.b, one.bias) * one.scaling
+    return result.to(y.dtype)
 
 
 def eager_lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
@@ -223,30 +228,30 @@ def sample_projection(
     device: torch.device,
     n: int,
     k: int,
-    rank: int,
+    rank: int | tuple[int, ...],
     *,
     bias=False,
     lora_bias=False,
     p=0.0,
     frozen=True,
 ) -> Projection:
-    """A random projection; rank 0 means no adapter. Values are scaled so that outputs are about 1."""
+    """A random projection; rank 0 means no adapter, several ranks several. Outputs are about 1."""
 
     def rand(*shape: int, grad: bool = True) -> Tensor:
         values = torch.randn(shape, dtype=torch.float32, device=device) * shape[-1] ** -0.5
         return values.to(dtype).requires_grad_(grad)
 
     weight, base_bias = rand(n, k, grad=not frozen), rand(n, grad=not frozen) if bias else None
-    if rank == 0:
-        return Projection(weight, base_bias)
-    seed = draw_seed() if p > 0.0 else None
-    return Projection(
-        weight, base_bias, LoRA(rand(rank, k), rand(n, rank), 2.0, p, rand(n) if lora_bias else None, seed)
-    )
+    loras = [
+        LoRA(rand(r, k), rand(n, r), 2.0 + j, p, rand(n) if lora_bias else None, draw_seed() if p > 0.0 else None)
+        for j, r in enumerate((rank,) if isinstance(rank, int) else rank)
+        if r > 0
+    ]
+    return Projection(weight, base_bias, None if not loras else loras[0] if len(loras) == 1 else tuple(loras))
 
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
-    def make(n: int, k: int, rank: int, **options) -> Projection:
+    def make(n: int, k: int, rank: int | tuple[int, ...], **options) -> Projection:
         return sample_projection(dtype, device, n, k, rank, **options)
 
     def x(*shape: int) -> Tensor:
@@ -259,6 +264,10 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     yield Sample("qkv", (x(3, 7, 40), [make(40, 40, 8, bias=True), make(20, 40, 4, lora_bias=True), make(20, 40, 16)]))
     yield Sample("q-and-v-only", (x(3, 7, 40), [make(40, 40, 8), make(20, 40, 0, bias=True), make(20, 40, 8)]))
     yield Sample("dropout", (x(3, 7, 40), [make(40, 40, 8, p=0.3), make(20, 40, 8), make(20, 40, 8, p=0.1)]))
+    yield Sample(
+        "several-adapters", (x(3, 7, 40), [make(24, 40, (8, 3, 5), bias=True, lora_bias=True), make(8, 40, 4)])
+    )
+    yield Sample("several-dropouts", (x(3, 7, 40), [make(24, 40, (8, 3), p=0.3), make(16, 40, (4, 4))]))
     yield Sample("trained-base", (x(9, 24), [make(16, 24, 4, bias=True, frozen=False), make(8, 24, 0, frozen=False)]))
     yield Sample(
         "non-contiguous",
@@ -275,7 +284,7 @@ def _delta_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]
     for sample in _samples(dtype, device):
         x, projections = sample.args
         lora = projections[0].lora
-        y = torch.randn(*x.shape[:-1], lora.b.shape[0], dtype=dtype, device=device).requires_grad_()
+        y = torch.randn(*x.shape[:-1], adapters(lora)[0].b.shape[0], dtype=dtype, device=device).requires_grad_()
         yield Sample(sample.name, (y, x, lora))
 
 

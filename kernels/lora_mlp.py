@@ -21,7 +21,6 @@ from torch import Tensor
 from . import checks, glu
 from .lora import Projection, compute_dtype, no_autocast, project, projections_backward, shrink
 from .lora_linear import (
-    FIELDS,
     check_projection,
     eager_projection,
     flatten,
@@ -42,36 +41,38 @@ class _LoRAMLP(torch.autograd.Function):
         *inputs, down = unflatten(tensors, static)
         with no_autocast(x):
             x2 = rows(x).to(dtype)
-            ss = shrink(x2, inputs)
-            outs = [project(x2, p, s) for p, s in zip(inputs, ss, strict=True)]
+            s = shrink(x2, inputs)
+            outs = project(x2, inputs, s)
             gate, up = outs if len(outs) == 2 else outs[0].chunk(2, dim=-1)
             h = torch.ops.fuselora.glu(gate, up, act)
-            (s_down,) = shrink(h, [down])
-            y = unrows(project(h, down, s_down), x)
-        ctx.save_for_backward(x2, *outs, *ss, s_down, *tensors)
+            s_down = shrink(h, [down])
+            (y,) = project(h, [down], s_down)
+            y = unrows(y, x)
+        ctx.save_for_backward(x2, s, s_down, *outs, *tensors)
         ctx.act, ctx.static, ctx.shape, ctx.dtype = act, static, x.shape, x.dtype
         return y
 
     @staticmethod
     def backward(ctx, dy):
         n = len(ctx.static) - 1
-        x2, *rest = ctx.saved_tensors
-        outs, ss, s_down = rest[:n], rest[n : 2 * n], rest[2 * n]
-        *inputs, down = unflatten(rest[2 * n + 1 :], ctx.static)
-        needs = [ctx.needs_input_grad[4 + FIELDS * i : 4 + FIELDS * (i + 1)] for i in range(n + 1)]
+        x2, s, s_down, *rest = ctx.saved_tensors
+        outs = rest[:n]
+        *inputs, down = unflatten(rest[n:], ctx.static)
+        *needs, need_down = unflatten(ctx.needs_input_grad[4:], ctx.static)
+        need_h = bool(need_down.weight) or any(need.a for need in need_down.lora)
         with no_autocast(x2):
             douts: list[Tensor] = []
 
             def rebuild_h(dh: Tensor) -> Tensor:
                 backward = torch.ops.fuselora.glu_bwd if n == 2 else torch.ops.fuselora.glu_packed_bwd
-                *grads, h = backward(dh, *outs, ctx.act, needs[n][0] or needs[n][2])
+                *grads, h = backward(dh, *outs, ctx.act, need_h)
                 douts.extend(grads)
                 return h
 
-            _, (down_grads,) = projections_backward([rows(dy)], rebuild_h, [down], [s_down], [needs[n]], True)
-            dx, grads = projections_backward(douts, x2, inputs, ss, needs[:n], ctx.needs_input_grad[0])
+            _, down_grads = projections_backward([rows(dy)], rebuild_h, [down], s_down, [need_down], True)
+            dx, grads = projections_backward(douts, x2, inputs, s, needs, ctx.needs_input_grad[0])
         dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtype)
-        return dx, None, None, None, *(g for group in (*grads, down_grads) for g in (*group, None))
+        return dx, None, None, None, *flatten(grads + down_grads)[0]
 
 
 def _apply(x: Tensor, inputs: list[Projection], down: Projection, act: str) -> Tensor:
@@ -118,7 +119,7 @@ def eager_lora_mlp_packed(x: Tensor, gate_up: Projection, down: Projection, act:
 
 
 def _samples(dtype: torch.dtype, device: torch.device, packed: bool = False) -> Iterator[Sample]:
-    def make(n: int, k: int, rank: int = 8, **options) -> Projection:
+    def make(n: int, k: int, rank: int | tuple[int, ...] = 8, **options) -> Projection:
         return sample_projection(dtype, device, n, k, rank, **options)
 
     def block(k: int, i: int, rank: int = 8, down: dict | None = None, **options) -> tuple[Projection, ...]:
@@ -132,12 +133,14 @@ def _samples(dtype: torch.dtype, device: torch.device, packed: bool = False) -> 
     def x(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device).requires_grad_()
 
+    sizes = ((80, 24), (24, 40)) if packed else ((40, 24), (40, 24), (24, 40))
     for act in glu.ACTIVATIONS:
         yield Sample(act, (x(2, 5, 24), *block(24, 40), act))
     for rank in (1, 7, 16):
         yield Sample(f"rank{rank}", (x(2, 5, 24), *block(24, 40, rank)))
     yield Sample("biases", (x(3, 24), *block(24, 40, bias=True, lora_bias=True)))
     yield Sample("dropout", (x(3, 5, 24), *block(24, 40, p=0.2)))
+    yield Sample("two-adapters", (x(3, 5, 24), *(make(n, k, (4, 3), p=0.1) for n, k in sizes)))
     yield Sample("no-adapters", (x(3, 5, 24), *block(24, 40, 0, down={})))
     yield Sample("down-without-adapter", (x(3, 5, 24), *block(24, 40, 8)[:-1], make(24, 40, 0)))
     yield Sample("trained-base", (x(3, 5, 24), *block(24, 40, frozen=False)))

@@ -24,7 +24,7 @@ class FusedAttention(Fused):
     """q_proj, k_proj, v_proj, half-split RoPE, attention interface, o_proj."""
 
     fuse_kind = "attention"
-    fuse_ops = ("lora_shrink", "lora_matmul", "rope", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
+    fuse_ops = ("lora_shrink", "lora_project", "rope", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
 
     def fuse_linears(self: Any) -> tuple[nn.Module, ...]:
         return self.q_proj, self.k_proj, self.v_proj

@@ -91,10 +91,10 @@ class FusedTorchRMSNorm(FusedLayerNorm):
 
 
 class FusedLoRALinear(Fused):
-    """peft's LoRA on a dense linear: base GEMM and low-rank part in one function; several adapters in turn."""
+    """peft's LoRA on a dense linear: base GEMM and low-rank parts of all active adapters in one function."""
 
     fuse_kind = "lora_linear"
-    fuse_ops = ("lora_shrink", "lora_matmul", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
+    fuse_ops = ("lora_shrink", "lora_project", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
 
     def fuse_state(self: Any) -> str | None:
         return _adapters_reason(self)
@@ -112,16 +112,14 @@ class FusedLoRALinear(Fused):
         if reason:
             decline(self, reason)
             return super().forward(x, *args, **kwargs)
-        first = read_projections(x, self) if len(names) == 1 else "several adapters"
-        if not isinstance(first, str):
-            return lora_linear(x, *first[0])
+        projections = read_projections(x, self)
+        if not isinstance(projections, str):
+            return lora_linear(x, *projections[0])
         y = self.base_layer(x)
         if not y.is_floating_point() or y.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             decline(self, f"the base layer returns {y.dtype} for {x.dtype}")
             return super().forward(x)
-        for lora in adapters:
-            y = lora_delta(y, x, lora)
-        return y
+        return lora_delta(y, x, tuple(adapters))
 
 
 class FusedOpaqueLoRALinear(FusedLoRALinear):
@@ -147,7 +145,7 @@ class FusedGatedMLP(Fused):
     """gate, up and down projections with SiLU or GELU between them."""
 
     fuse_kind = "mlp"
-    fuse_ops = ("lora_shrink", "lora_matmul", "glu", "glu_bwd", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
+    fuse_ops = ("lora_shrink", "lora_project", "glu", "glu_bwd", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
 
     def fuse_linears(self: Any) -> tuple[nn.Module, ...]:
         return self.gate_proj, self.up_proj, self.down_proj

@@ -1,6 +1,6 @@
 """What a linear layer computes *right now*: read at every call, because PEFT's state may change between any two.
 
-``read_projection`` answers with the tensors of a plain linear or of one active plain LoRA adapter on it, or with the
+``read_projection`` answers with the tensors of a plain linear and of the plain LoRA adapters active on it, or with the
 reason why the layer's own forward must run. Nothing is cached: adapters are hot-swapped, scaled, switched, merged and
 moved.
 """
@@ -115,14 +115,15 @@ def read_projection(module: nn.Module) -> Projection | str:
     names = active_adapters(module)
     if isinstance(plain, str) or not names:
         return plain
-    if len(names) > 1:
-        return f"{len(names)} adapters are active"
-    lora = read_adapter(module, names[0])
-    if isinstance(lora, str):
-        return lora
-    if not getattr(module, "cast_input_dtype_enabled", True) and lora.a.dtype != plain.weight.dtype:
-        return "input casting is disabled and the adapter has another dtype"
-    return plain._replace(lora=lora)
+    loras = []
+    for name in names:
+        lora = read_adapter(module, name)
+        if isinstance(lora, str):
+            return lora
+        if not getattr(module, "cast_input_dtype_enabled", True) and lora.a.dtype != plain.weight.dtype:
+            return "input casting is disabled and the adapter has another dtype"
+        loras.append(lora)
+    return plain._replace(lora=tuple(loras))
 
 
 def read_projections(x: Tensor | None, *modules: nn.Module) -> list[Projection] | str:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import fuselora.functional  # noqa: F401  (imports every kernel file, which fills the registry)
 from fuselora.kernels.registry import FUNCTIONS, OPS
@@ -32,7 +33,7 @@ def test_op_is_deterministic_and_writes_all_it_returns(name, dtype):
         first = op(*sample.args, **sample.kwargs)
         with poisoned_empty():
             second = op(*sample.args, **sample.kwargs)
-        for a, b in zip(*[(r,) if isinstance(r, torch.Tensor) else r for r in (first, second)], strict=True):
+        for a, b in zip(tree_leaves(first), tree_leaves(second), strict=True):
             assert torch.equal(a, b), f"{name}[{sample.name}]"
 
 

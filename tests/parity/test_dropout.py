@@ -82,12 +82,12 @@ def test_exact_with_a_rate_per_projection() -> None:
 
 
 def test_exact_with_two_active_adapters() -> None:
-    """The blocks leave two adapters to the single layers, which draw one mask for each."""
+    """Each adapter of each projection draws its own mask."""
     stock = dropout_model()
     stock.add_adapter("other", LoraConfig(r=3, lora_alpha=2, target_modules="all-linear", lora_dropout=0.5))
     fill_adapters(stock, seed=5)
     stock.base_model.set_adapter(["default", "other"])
-    check_with_injected_masks(stock, torch.float32)
+    assert_all_fused(check_with_injected_masks(stock, torch.float32))
 
 
 def identity_layer(p: float, width: int = 96) -> nn.Module:

@@ -21,8 +21,8 @@ from tests.support.parity import Run, assert_close_to_truth, run, run_truth
 from torch import Tensor, nn
 
 import fuselora
-from fuselora.engine.patch import attention, loss, modules
-from fuselora.kernels import lora, lora_linear, lora_mlp
+from fuselora.engine.patch import attention, loss, modules, state
+from fuselora.kernels import lora, lora_linear, lora_mlp, lora_ops
 from fuselora.kernels.dropout import draw_seed
 from fuselora.kernels.registry import OPS
 
@@ -59,19 +59,22 @@ def replace_op(patch: Patch, name: str, wrong: Callable[..., Any]) -> None:
 
 
 def dropped_scale_in_forward(patch: Patch) -> None:
-    right = lora.scaled_b
-    patch.setattr(lora, "scaled_b", lambda adapter, dtype: right(adapter._replace(scaling=1.0), dtype))
+    def wrong(right: Callable[..., Any], *args: Any) -> Any:
+        *tensors, scalings, owners, splits = args
+        return right(*tensors, [1.0] * len(scalings), owners, splits)
+
+    replace_op(patch, "lora_project", wrong)
 
 
 def scale_off_by_a_tenth(patch: Patch) -> None:
-    right = lora.scaled_b
-    patch.setattr(lora, "scaled_b", lambda adapter, dtype: right(adapter, dtype) * 1.1)
+    right = lora_ops.scaled_b
+    patch.setattr(lora_ops, "scaled_b", lambda b, scaling: right(b, scaling) * 1.1)
 
 
 def dropped_scale_of_grad_b(patch: Patch) -> None:
-    def wrong(right: Callable[..., Any], dy: Tensor, s: Tensor, b: Tensor, dtype: torch.dtype) -> Any:
-        ds, db = right(dy, s, b, dtype)
-        return ds, db / 2  # the adapters' scaling is 2
+    def wrong(right: Callable[..., Any], *args: Any) -> Any:
+        ds, dbs = right(*args)
+        return ds, [db / 2 for db in dbs]  # the adapters' scaling is 2
 
     replace_op(patch, "lora_grad_s_b", wrong)
 
@@ -105,7 +108,7 @@ def missing_lora_bias_gradient(patch: Patch) -> None:
 
     def wrong(*args: Any) -> Any:
         dx, grads = right(*args)
-        return dx, [g._replace(lora_bias=None) for g in grads]
+        return dx, [g._replace(lora=tuple(one._replace(bias=None) for one in g.lora)) for g in grads]
 
     patch.setattr(lora_linear, "projections_backward", wrong)
 
@@ -134,7 +137,7 @@ def unscaled_dropout(patch: Patch) -> None:
 
 def detached_input_gradient(patch: Patch) -> None:
     """The low-rank branch sends no gradient to its input."""
-    replace_op(patch, "lora_grad_x", lambda right, dys, weights, ds, a: right(dys, weights, None, None))
+    replace_op(patch, "lora_grad_x", lambda right, dys, weights, *_: right(dys, weights, None, [], [], [], []))
 
 
 def detached_input(patch: Patch) -> None:
@@ -148,9 +151,9 @@ def detached_single_layer(patch: Patch) -> None:
 def first_rows_only_in_grad_a(patch: Patch) -> None:
     """A reduction over tokens that loses its last, ragged block."""
 
-    def wrong(right: Callable[..., Any], ds: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def wrong(right: Callable[..., Any], ds: Tensor, x: Tensor, *rest: Any) -> Any:
         kept = ds.shape[0] // 8 * 8
-        return right(ds[:kept], x[:kept], dtype)
+        return right(ds[:kept], x[:kept], *rest)
 
     replace_op(patch, "lora_grad_a", wrong)
 
@@ -232,7 +235,8 @@ def test_mutation_is_caught(mutation: Callable[[Patch], None], monkeypatch: Patc
 
 
 def test_first_adapter_only_is_caught(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(modules, "active_adapters", lambda module: ["default"])
+    for module in (modules, state):
+        monkeypatch.setattr(module, "active_adapters", lambda module: ["default"])
     with pytest.raises(AssertionError, match="error|missing"):
         compare(torch.bfloat16, adapters=2)
 
