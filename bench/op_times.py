@@ -3,9 +3,9 @@
     python bench/op_times.py --out build/gpu
 
 Ops run on the registry's workloads, once per implementation: time, bytes of the op's own cost model per second as a
-share of this run's copy bandwidth, FLOPs as a share of its matmul rate. Functions run forward plus backward beside their
-rivals (``rivals.py``) at one Llama-3-8B layer of 4096 tokens. Both pass the numerics rule against fp64 in the same run
-or get no figure.
+share of this run's copy bandwidth, FLOPs as a share of its matmul rate. Functions run forward plus backward beside
+their rivals (``rivals.py``) at one Llama-3-8B layer of 4096 tokens. Both pass the numerics rule against fp64 in the
+same run or get no figure.
 """
 
 from __future__ import annotations
