@@ -44,6 +44,15 @@ def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
+def _split(t: Tensor, sizes: Sequence[int], dim: int) -> Sequence[Tensor]:
+    """Copies, since an op may not return two views of one tensor."""
+    return [t] if len(sizes) == 1 else torch.split_with_sizes_copy(t, list(sizes), dim)
+
+
+def _or_empty(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    return [t.new_empty(0) if grad is None else grad for grad, t in zip(grads, like, strict=True)]
+
+
 def scaled_b(b: Tensor, scaling: float) -> Tensor:
     return b if scaling == 1.0 else b * scaling
 
@@ -132,7 +141,8 @@ def _grad_s_b(
 ) -> tuple[Tensor, list[Tensor]]:
     ranks = [t.shape[1] for t in b]
     cols = columns(ranks)
-    dss, dbs = [], [t.new_empty(0) for t in b]
+    dss: list[Tensor] = []
+    dbs: list[Tensor | None] = [None] * len(b)
     for i, dy in enumerate(dys):
         mine = [j for j, owner in enumerate(owners) if owner == i]
         if not mine:
@@ -142,9 +152,9 @@ def _grad_s_b(
         dss.append(_folded(torch.mm(dy, wide), [ranks[j] for j in mine], parts))
         if trained := [j for j in mine if need_db[j]]:
             db = torch.mm(dy.t(), _cat([s[:, cols[j]] for j in trained], 1))
-            for j, part in zip(trained, db.split([ranks[j] for j in trained], dim=1), strict=True):
-                dbs[j] = cast(part, b[j].dtype) * scalings[j]
-    return _cat(dss, 1), dbs
+            for j, part in zip(trained, _split(db, [ranks[j] for j in trained], 1), strict=True):
+                dbs[j] = part.to(b[j].dtype).mul_(scalings[j])
+    return _cat(dss, 1), _or_empty(dbs, b)
 
 
 def _grad_a(
@@ -157,18 +167,17 @@ def _grad_a(
 ) -> list[Tensor]:
     ranks = [t.shape[0] for t in a]
     cols = columns(ranks)
-    das = [t.new_empty(0) for t in a]
+    das: list[Tensor | None] = [None] * len(a)
     plain = [j for j, p in enumerate(ps) if p == 0.0 and need_da[j]]
     if plain:
         grads = torch.mm(doubled(ds, ranks, [False] * len(a), plain).t(), x)
-        parts = [grads] if len(plain) == 1 else grads.split([ranks[j] for j in plain])
-        for j, part in zip(plain, parts, strict=True):
-            das[j] = part.to(a[j].dtype, copy=len(plain) > 1)
+        for j, part in zip(plain, _split(grads, [ranks[j] for j in plain], 0), strict=True):
+            das[j] = cast(part, a[j].dtype)
     for j, p in enumerate(ps):
         if p > 0.0 and need_da[j]:
             dropped = torch.ops.fuselora.dropout(x, seeds[j], p)
             das[j] = cast(torch.mm(ds[:, cols[j]].t(), dropped), a[j].dtype)
-    return das
+    return _or_empty(das, a)
 
 
 def _grad_x(
