@@ -6,20 +6,21 @@ Formulas, shapes, numerics and source: ``cross_entropy.py``. With p = softmax(z)
     dz_j += dH * p_j * (-log p_j - H)
 
 ``cross_entropy_rows`` and ``cross_entropy_rows_bwd`` are the two ops of ``cross_entropy``. The chunk loop of
-``chunked_head.py`` calls the row pass itself, ``process_rows`` or its native twin ``native_rows``, because there the
+``chunked_head.py`` calls the row pass itself, ``process_rows`` or its twins in C++ and Triton, because there the
 gradient overwrites the logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, native
 from .blocks import scratch_blocks
+from .gpu.launch import refusal
 from .registry import Cost, Sample, define, implement
 from .rms_norm import accumulator
 
@@ -61,6 +62,14 @@ class Rows(NamedTuple):
     loss: Tensor
     lse: Tensor
     entropy: Tensor
+
+
+class Out(NamedTuple):
+    """Where a pass over a chunk writes, one element for each token of the batch; None is not computed or not kept."""
+
+    loss: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 def process_rows(
@@ -204,6 +213,28 @@ def _bwd_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
         yield Sample(sample.name, (torch.randn_like(loss), logits, labels, lse, *terms))
 
 
+WORKLOADS = (  # rows, vocabulary, terms: Llama 3, Qwen 3, Gemma 2, one that is no multiple of a block
+    (4096, 128256, "plain"),
+    (4096, 151936, "plain"),
+    (1024, 256000, "softcap"),
+    (1000, 32008, "z-loss"),
+)
+
+
+def _workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for rows, vocab, terms in WORKLOADS:
+        logits = torch.randn(rows, vocab, dtype=dtype, device=device)
+        labels = torch.randint(0, vocab, (rows,), device=device)
+        yield Sample(f"{rows}x{vocab}-{terms}", (logits, labels, *TERMS[terms]))
+
+
+def _bwd_workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for sample in _workloads(dtype, device):
+        logits, labels, *terms = sample.args
+        dloss, lse = (torch.randn(labels.shape, dtype=accumulator(dtype), device=device) for _ in range(2))
+        yield Sample(sample.name, (dloss, logits, labels, lse, *terms))
+
+
 def _cost(logits: Tensor, *_: object) -> Cost:
     return Cost(logits.numel() * logits.element_size(), 5 * logits.numel())
 
@@ -219,6 +250,7 @@ CROSS_ENTROPY_ROWS = define(
     samples=_op_samples,
     cost=_cost,
     long_reduction=True,
+    workloads=_workloads,
 )
 CROSS_ENTROPY_ROWS_BWD = define(
     f"cross_entropy_rows_bwd(Tensor dloss, Tensor logits, Tensor labels, Tensor lse, {Terms.SCHEMA}) -> Tensor",
@@ -226,6 +258,7 @@ CROSS_ENTROPY_ROWS_BWD = define(
     fake=_fake_bwd,
     samples=_bwd_samples,
     cost=_cost_bwd,
+    workloads=_bwd_workloads,
 )
 
 
@@ -276,5 +309,38 @@ def _cpu_bwd_supports(dloss: Tensor, logits: Tensor, labels: Tensor, *_: object)
     return _cpu_supports(logits, labels)
 
 
+def triton_rows(*args: Any, **kwargs: Any) -> Out:
+    """``gpu/cross_entropy.py``'s, imported at its first call."""
+    from .gpu import cross_entropy
+
+    return cross_entropy.triton_rows(*args, **kwargs)
+
+
+@torch.no_grad()
+def _triton(logits: Tensor, labels: Tensor, *terms: float):
+    check_label_range("cross_entropy", labels, logits.shape[-1], Terms(*terms).ignore_index)
+    loss, lse = _fake(logits, labels)
+    triton_rows(logits, labels, Terms(*terms), out=Out(loss, lse))
+    return loss, lse
+
+
+@torch.no_grad()
+def _triton_bwd(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *terms: float) -> Tensor:
+    """The second read of a row comes from the L2 cache, so maximum and sum cost little; see ``_cpu_bwd``."""
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    triton_rows(logits, labels, Terms(*terms), upstream=dloss, dx=dlogits)
+    return dlogits
+
+
+def _triton_supports(logits: Tensor, labels: Tensor, *_: object) -> str | None:
+    return "an empty dimension" if logits.numel() == 0 else refusal(logits)
+
+
+def _triton_bwd_supports(dloss: Tensor, logits: Tensor, labels: Tensor, *_: object) -> str | None:
+    return _triton_supports(logits, labels)
+
+
 implement(CROSS_ENTROPY_ROWS, "cpu", _cpu, _cpu_supports)
+implement(CROSS_ENTROPY_ROWS, "triton", _triton, _triton_supports)
 implement(CROSS_ENTROPY_ROWS_BWD, "cpu", _cpu_bwd, _cpu_bwd_supports)
+implement(CROSS_ENTROPY_ROWS_BWD, "triton", _triton_bwd, _triton_bwd_supports)
