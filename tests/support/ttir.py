@@ -52,7 +52,7 @@ class Accesses:
 
 
 _LOCATION = re.compile(r"\s*loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)")
-_OPERATION = re.compile(r'^(?:(%[\w.]+)(?::(\d+))?\s*=\s*)?"?([\w.]+)"?(.*)$')
+_OPERATION = re.compile(r'^(?:(%[\w.]+)(?::(\d+))?((?:,\s*%[\w.]+)*)\s*=\s*)?"?([\w.]+)"?(.*)$')
 _NAME = re.compile(r"%[\w.]+(?:#\d+)?")
 
 
@@ -85,8 +85,9 @@ def _add(line: str, stack: list[Region]) -> None:
         return
     match = _OPERATION.match(line)
     assert match, f"not an operation: {line}"
-    result, count, name, rest = match.groups()
+    result, count, others, name, rest = match.groups()
     results = [] if result is None else [result] if count is None else [f"{result}#{i}" for i in range(int(count))]
+    results += _NAME.findall(others or "")  # %lhs, %rhs = tt.split
     operation = Operation(name, results, _NAME.findall(rest), rest)
     stack[-1].operations.append(operation)
     if line.endswith("{"):
