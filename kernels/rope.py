@@ -16,7 +16,7 @@ Backward is the exact adjoint, for any cos and sin (attention scaling, halves th
 
 Shapes: q [B, S, Hq, D], k [B, S, Hk, D], any strides; cos, sin [B or 1, S, R], R even, R <= D; outputs contiguous.
 Saved for backward: cos and sin, which every layer of a model shares. They get no gradient.
-Bytes, n elements of q and k together, b bytes each: 2nb forward, 2nb backward.
+Bytes, n elements of q and k together, b bytes each: 2nb forward, 2nb backward, and the tables.
 Numerics: fp32 inside (fp64 for fp64), one rounding to the input dtype.
 Source: Su et al. 2021, "RoFormer", eq. 34.
 """
@@ -31,8 +31,11 @@ from torch import Tensor
 
 from . import checks, native
 from .blocks import row_blocks
+from .gpu.launch import lazy, refusal
 from .registry import Cost, Sample, define, function, implement
 from .rms_norm import accumulator
+
+WIDEST = 1024  # channels of a head that a Triton program keeps in registers
 
 
 def _pair(x: Tensor, rotary: int, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -108,9 +111,37 @@ def _op_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
                 yield Sample(name, (q, k, cos, sin, interleaved, adjoint))
 
 
-def _cost(q: Tensor, k: Tensor, *_: object) -> Cost:
+MODELS = (  # batch, length, q heads, k heads, head_dim, rotary, interleaved
+    (2, 2048, 32, 8, 128, 128, False),  # Llama-3-8B, Mistral
+    (2, 2048, 16, 8, 128, 128, False),  # Qwen3-0.6B
+    (2, 2048, 4, 1, 256, 256, False),  # Gemma 3 1B
+    (1, 2048, 32, 2, 128, 64, True),  # GLM-4: interleaved, partial
+    (1, 1000, 32, 32, 96, 96, False),  # Phi-3-mini: head_dim is no power of two
+)
+
+
+def model_heads(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor, bool]]:
+    """(name, q, k, cos, sin, interleaved) at the shapes of ``MODELS``; q and k as a GEMM leaves them."""
+    for batch, length, heads_q, heads_k, width, rotary, interleaved in MODELS:
+        q, k = (torch.empty(batch, length, h, width, dtype=dtype, device=device) for h in (heads_q, heads_k))
+        cos, sin = (torch.empty(1, length, rotary, dtype=dtype, device=device) for _ in range(2))
+        yield f"{batch}x{length}-{heads_q}+{heads_k}x{width}-{rotary}", q, k, cos, sin, interleaved
+
+
+def _workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for name, q, k, cos, sin, interleaved in model_heads(dtype, device):
+        yield Sample(name, (q, k, cos, sin, interleaved, False))
+        gradients = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))  # attention's are heads first
+        yield Sample(f"{name}-adjoint", (*gradients, cos, sin, interleaved, True))
+
+
+def table_bytes(cos: Tensor, sin: Tensor) -> int:
+    return cos.numel() * cos.element_size() + sin.numel() * sin.element_size()
+
+
+def _cost(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: object) -> Cost:
     n = q.numel() + k.numel()
-    return Cost(2 * n * q.element_size(), 3 * n)
+    return Cost(2 * n * q.element_size() + table_bytes(cos, sin), 3 * n)
 
 
 ROPE = define(
@@ -119,6 +150,7 @@ ROPE = define(
     fake=_fake,
     samples=_op_samples,
     cost=_cost,
+    workloads=_workloads,
 )
 
 
@@ -142,7 +174,19 @@ def _cpu_supports(q: Tensor, k: Tensor, cos: Tensor, *_: object) -> str | None:
     return "an empty dimension" if q.numel() == 0 or k.numel() == 0 else native.unsupported(q, k, cos)
 
 
+def heads_refusal(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> str | None:
+    """Why no Triton kernel over heads takes these, or None."""
+    if cos.shape[-1] == 0 or q.shape[-1] > WIDEST:
+        return f"nothing is rotated, or head_dim is above {WIDEST}"
+    return refusal(q, k, cos, sin)
+
+
+def _triton_supports(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: object) -> str | None:
+    return heads_refusal(q, k, cos, sin)
+
+
 implement(ROPE, "cpu", _cpu, _cpu_supports)
+implement(ROPE, "triton", lazy("rope", "rope"), _triton_supports)
 
 
 class _Rope(torch.autograd.Function):
