@@ -18,20 +18,33 @@ import math
 import torch
 
 from fuselora.engine.config import Config
+from fuselora.engine.fused_adamw import FusedAdamW
 
 
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
+    """On CUDA in three launches (``FusedAdamW``), elsewhere torch's own."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [(n, p) for n, p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [(n, p) for n, p in trainable if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    cuda = bool(trainable) and all(p.is_cuda for _, p in trainable)
+    return (FusedAdamW if cuda else torch.optim.AdamW)(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
     )
+
+
+def clip_and_step(optimizer: torch.optim.AdamW, max_norm: float) -> torch.Tensor:
+    """Clip the joint norm of the gradients to ``max_norm``, update, and return the norm before clipping."""
+    if isinstance(optimizer, FusedAdamW):
+        return optimizer.clip_and_step(max_norm)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+    return norm
 
 
 def warmup_steps(config: Config, total_steps: int) -> int:

@@ -62,7 +62,6 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.output_dir = Path(config.output_dir)
         self.optimizer = optim.build_optimizer(model, config)
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(len(train) / self.batch)
         by_epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
@@ -125,8 +124,7 @@ class Trainer:
             loss = self._loss(micro, tokens)
             loss.backward()
             step_loss += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm or math.inf)
-        self.optimizer.step()
+        norm = optim.clip_and_step(self.optimizer, self.config.max_grad_norm or math.inf)
         self.optimizer.zero_grad()
         self.step += 1
         self.window.add(self.step, step_loss, norm, sum(len(example.input_ids) for example in examples))

@@ -16,11 +16,13 @@ from fuselora._version import __version__
 
 if TYPE_CHECKING:
     from fuselora import functional
+    from fuselora.engine.fused_adamw import FusedAdamW
     from fuselora.engine.patch import PatchReport, patch_model, patch_report, unpatch_model
     from fuselora.engine.verify import verify
     from fuselora.environment import env
 
 _HOMES = {
+    "FusedAdamW": "fuselora.engine.fused_adamw",
     "PatchReport": "fuselora.engine.patch",
     "patch_model": "fuselora.engine.patch",
     "patch_report": "fuselora.engine.patch",
@@ -29,7 +31,17 @@ _HOMES = {
     "env": "fuselora.environment",
 }
 
-__all__ = ["PatchReport", "__version__", "env", "functional", "patch_model", "patch_report", "unpatch_model", "verify"]
+__all__ = [
+    "FusedAdamW",
+    "PatchReport",
+    "__version__",
+    "env",
+    "functional",
+    "patch_model",
+    "patch_report",
+    "unpatch_model",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,8 @@
 """Public differentiable ops. Each is a plain function on tensors; its docstring gives shapes, dtypes and source."""
 
+import fuselora.kernels.adamw  # noqa: F401  (an op without a differentiable function)
 from fuselora.kernels.cross_entropy import cross_entropy
+from fuselora.kernels.dora_linear import dora_linear
 from fuselora.kernels.dropout import dropout, dropout_mask
 from fuselora.kernels.glu import glu, glu_packed
 from fuselora.kernels.layer_norm import layer_norm
@@ -16,6 +18,7 @@ __all__ = [
     "Projection",
     "add_rms_norm",
     "cross_entropy",
+    "dora_linear",
     "dropout",
     "dropout_mask",
     "glu",

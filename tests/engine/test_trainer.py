@@ -198,7 +198,7 @@ def test_progress_stays_on_one_line_of_a_terminal(make_trainer, capsys, monkeypa
 def test_bf16_keeps_adapters_in_fp32(make_trainer):
     trainer = make_trainer(bf16=True, max_steps=2)
     trainer.fit()
-    assert {p.dtype for p in trainer.trainable} == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     assert next(p for p in trainer.model.parameters() if not p.requires_grad).dtype == torch.bfloat16
 
 
@@ -214,4 +214,4 @@ def test_checkpointing_gives_the_same_weights(make_trainer, reentrant):
 
 
 def grad_norm(trainer):
-    return torch.stack([p.grad.norm() for p in trainer.trainable if p.grad is not None]).norm().item()
+    return torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]).norm().item()
