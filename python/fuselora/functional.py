@@ -3,7 +3,6 @@
 import fuselora.kernels.adamw  # noqa: F401  (an op without a differentiable function)
 from fuselora.kernels.cross_entropy import cross_entropy
 from fuselora.kernels.dora_linear import dora_linear
-from fuselora.kernels.dora_linear import dora_linear
 from fuselora.kernels.dropout import dropout, dropout_mask
 from fuselora.kernels.glu import glu, glu_packed
 from fuselora.kernels.layer_norm import layer_norm
@@ -19,7 +18,6 @@ __all__ = [
     "Projection",
     "add_rms_norm",
     "cross_entropy",
-    "dora_linear",
     "dora_linear",
     "dropout",
     "dropout_mask",
