@@ -20,7 +20,7 @@ else
 SETUP := $(VENV)/.installed
 endif
 
-.PHONY: setup train test test-peft test-transformers test-compat bench lint format native gpu clean
+.PHONY: setup train test aot test-peft test-transformers test-compat bench lint format native gpu clean
 
 setup: $(SETUP)
 
@@ -35,8 +35,16 @@ $(VENV)/.installed: $(INSTALL_INPUTS) | $(VENV)/bin/python
 train: $(SETUP)
 	$(PY) train.py examples/quickstart.yaml
 
+# The kernels' tests run twice: with the Triton kernels in Triton's interpreter, then, with everything else, natively.
 test: $(SETUP)
-	OMP_NUM_THREADS=1 $(PY) $(PYTEST)
+	status=0; \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) $(PYTEST) tests/kernels || status=$$?; \
+	OMP_NUM_THREADS=1 $(PY) $(PYTEST) || status=$$?; \
+	exit $$status
+
+# Every Triton kernel on every architecture, dtype and workload, with instruction counts: build/gpu/aot.md.
+aot: $(SETUP)
+	FUSELORA_AOT=full OMP_NUM_THREADS=1 $(PY) $(PYTEST) tests/gpu/test_aot.py
 
 # PEFT's own test suite on patched models, judged against the same suite on stock PEFT.
 test-peft: $(VENV)/.peft-suite
@@ -50,16 +58,22 @@ $(VENV)/.peft-suite: $(SETUP)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,peft-suite]'
 	touch $@
 
-# The oldest supported transformers in an environment of its own: what binds to transformers and PEFT.
+# The oldest supported transformers and Triton in an environment of their own: what binds to transformers and PEFT, and
+# the Triton kernels, compiled.
 test-compat: $(COMPAT)/.installed
-	OMP_NUM_THREADS=1 $(COMPAT)/bin/python $(PYTEST) $(wildcard tests/engine tests/parity)
+	OMP_NUM_THREADS=1 $(COMPAT)/bin/python $(PYTEST) tests/engine tests/parity tests/gpu/test_aot.py
+
+# Builds of torch with CUDA insist on one Triton, so it is installed around them.
+OLD_TRITON := $(COMPAT)/bin/python -m pip install --quiet --no-deps $(shell grep '^triton==' constraints-compat.txt)
 
 $(COMPAT)/.installed: $(INSTALL_INPUTS) constraints-compat.txt | $(SETUP)
 	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
-	awk -F '==' 'NR == FNR {override[$$1]; print; next} !($$1 in override)' \
+	awk -F '==' '$$1 == "triton" {next} NR == FNR {override[$$1]; print; next} !($$1 in override)' \
 		constraints-compat.txt constraints.txt > $(COMPAT)/constraints.txt
+	$(OLD_TRITON)
 	FUSELORA_SKIP_NATIVE=1 $(COMPAT)/bin/python -m pip install --quiet \
 		--constraint $(COMPAT)/constraints.txt --editable '.[dev]'
+	$(OLD_TRITON)
 	touch $@
 
 bench: $(SETUP)
