@@ -38,7 +38,10 @@ from .aot import Budget
 from .launch import launch, sm_count
 
 VECTOR_BYTES = 16
-VECTORS_PER_THREAD, SCALARS_PER_THREAD = 4, 8
+VECTORS_PER_THREAD, SCALARS_PER_THREAD = (
+    4,
+    8,
+)  # 64 bytes in flight a thread; half with a soft-cap, which takes registers
 THREADS = 1024  # of a multiprocessor's programs together
 REGISTERS = 65536 // THREADS  # without this limit ptxas spills some variants, to fit twice as many threads
 NOTHING = Out()
@@ -261,9 +264,10 @@ def triton_rows(
     x = x if x.stride(1) == 1 else x.contiguous()
     width, warps = _width(x, dx), warps_per_row(vocab, x.element_size())
     threads = 32 * warps
+    per_thread = SCALARS_PER_THREAD if width == 1 else VECTORS_PER_THREAD // (2 if terms.softcap else 1)
     constants: dict[str, Any] = {
         "WIDTH": width,
-        "VECTORS": threads * (VECTORS_PER_THREAD if width > 1 else SCALARS_PER_THREAD),
+        "VECTORS": threads * per_thread,
         "RAGGED": vocab % width != 0,
         "CAPPED": terms.softcap != 0,
         "SMOOTH": terms.label_smoothing != 0,
