@@ -110,6 +110,11 @@ class Config:
     gradient_checkpointing: bool = _key("train", True, "Recompute activations in backward instead of keeping them.")
     disable_gradient_checkpointing: bool = _key("train", False, "The same switch the other way round; true wins.")
     use_reentrant_gc: bool = _key("train", False, "Checkpointing with re-entrant autograd.")
+    cuda_graphs: bool = _key(
+        "train",
+        False,
+        "Replay forward and backward as CUDA graphs, one per batch shape: for short steps; not measured yet.",
+    )
     seed: int = _key("train", 42, "Seed of adapter weights and dropout.")
     data_seed: int | None = _key("train", None, "Seed of the data order; unset: seed.")
     resume_from_checkpoint: bool | str | None = _key(

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 
 from fuselora.engine import checkpoint, metrics, optim
-from fuselora.engine.chat import Example, collate, epoch_order, micro_batches
+from fuselora.engine.chat import IGNORE, Example, collate, epoch_order, micro_batches
 from fuselora.engine.config import Config
 from fuselora.engine.errors import UserError, expected
+from fuselora.engine.step_graph import StepGraphs, refusal
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.output_dir = Path(config.output_dir)
         self.optimizer = optim.build_optimizer(model, config)
+        self.graphs = self._build_graphs() if config.cuda_graphs else None
         self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(len(train) / self.batch)
         by_epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
@@ -121,18 +123,30 @@ class Trainer:
         tokens = sum(example.trained for example in examples)
         step_loss = torch.zeros((), device=self.device)
         for micro in micro_batches(examples, self.config.per_device_train_batch_size):
-            loss = self._loss(micro, tokens)
-            loss.backward()
-            step_loss += loss.detach()
+            step_loss += self._forward_backward(micro, tokens)
         norm = optim.clip_and_step(self.optimizer, self.config.max_grad_norm or math.inf)
         self.optimizer.zero_grad()
         self.step += 1
         self.window.add(self.step, step_loss, norm, sum(len(example.input_ids) for example in examples))
 
+    def _build_graphs(self) -> StepGraphs:
+        config = self.config
+        if reason := refusal(self.model, self.device, config.lora_dropout, config.checkpointing):
+            raise expected("cuda_graphs", "false", f"true, but {reason}", "set it to false or change that")
+        return StepGraphs(self.model)
+
     @property
     def learning_rate(self) -> float:
         factor = optim.lr_factor(self.config.lr_scheduler_type, self.step, warmup=self.warmup, total=self.total_steps)
         return self.config.learning_rate * factor
+
+    def _forward_backward(self, examples: Sequence[Example], tokens: int) -> torch.Tensor:
+        if self.graphs is not None:
+            batch = {name: tensor.to(self.device) for name, tensor in collate(examples, self.pad_id).items()}
+            return self.graphs.forward_backward(batch, tokens, pad_id=self.pad_id, ignore_index=IGNORE)
+        loss = self._loss(examples, tokens)
+        loss.backward()
+        return loss.detach()
 
     def _loss(self, examples: Sequence[Example], tokens: int) -> torch.Tensor:
         batch = {name: tensor.to(self.device) for name, tensor in collate(examples, self.pad_id).items()}

@@ -215,3 +215,8 @@ def test_checkpointing_gives_the_same_weights(make_trainer, reentrant):
 
 def grad_norm(trainer):
     return torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]).norm().item()
+
+
+def test_cuda_graphs_are_refused_where_they_would_be_wrong(make_trainer):
+    with pytest.raises(UserError, match="cuda_graphs: expected false, got true, but the model is on cpu"):
+        make_trainer(cuda_graphs=True)
