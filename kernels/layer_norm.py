@@ -10,7 +10,8 @@
 
 Shapes: x, y [..., H]; weight, bias [H] or None; mean, rstd [...] in fp32 (fp64 for fp64 inputs).
 Saved for backward: x, mean and rstd; xhat is recomputed. (torch on CPU keeps mean and rstd in bf16 for bf16 inputs.)
-Bytes, n elements of b bytes: forward 2nb, backward 3nb.
+Bytes, n elements of b bytes: forward 2nb, backward 3nb; trained weight and bias each add a GPU's partial sums, 16 bytes
+per column and multiprocessor.
 Numerics: fp32 inside, y in x's dtype, rounded once; the weight may have another dtype than x. Deterministic.
 Source: Ba, Kiros and Hinton 2016, "Layer Normalization", eq. 4.
 """
@@ -24,7 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .registry import Cost, Sample, define, function
+from .gpu.launch import lazy, refusal, sm_count
+from .gpu.norm_plan import partial_bytes
+from .registry import Cost, Sample, define, function, implement
 from .rms_norm import accumulator
 
 
@@ -89,12 +92,35 @@ def _bwd_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
             yield Sample(name, (torch.randn_like(x), x, w, mean, rstd, need_dw, need_db))
 
 
-def _cost(x: Tensor, *_: object) -> Cost:
-    return Cost(2 * x.numel() * x.element_size(), 8 * x.numel())
+def _workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for name, rows, cols in (("falcon-7b", 4096, 4544), ("gpt2", 4096, 768), ("siglip-so400m", 4095, 1152)):
+        x, w, b = (torch.randn(shape, dtype=dtype, device=device) for shape in ((rows, cols), (cols,), (cols,)))
+        yield Sample(name, (x, w, b, 1e-5))
 
 
-def _cost_bwd(dy: Tensor, *_: object) -> Cost:
-    return Cost(3 * dy.numel() * dy.element_size(), 14 * dy.numel())
+def _bwd_workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for sample in _workloads(dtype, device):
+        x, w, *_ = sample.args
+        mean, rstd = (torch.rand(x.shape[0], dtype=accumulator(dtype), device=device) for _ in range(2))
+        for trained in (False, True):
+            name = f"{sample.name}-{'trained' if trained else 'frozen'}"
+            yield Sample(name, (torch.randn_like(x), x, w, mean, rstd, trained, trained))
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _cost(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Cost:
+    rows = x.numel() // max(1, x.shape[-1])
+    return Cost(_bytes(x, x, weight, bias) + 2 * rows * accumulator(x.dtype).itemsize, 8 * x.numel())
+
+
+def _cost_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, need_dw: bool, need_db: bool
+) -> Cost:
+    sums = partial_bytes(rstd.numel(), x.shape[-1], sm_count(x.device)) + x.shape[-1] * rstd.element_size()
+    return Cost(_bytes(dy, x, x, weight, mean, rstd) + (need_dw + need_db) * sums, 14 * dy.numel())
 
 
 LAYER_NORM = define(
@@ -103,6 +129,7 @@ LAYER_NORM = define(
     fake=_fake,
     samples=_op_samples,
     cost=_cost,
+    workloads=_workloads,
 )
 LAYER_NORM_BWD = define(
     "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool need_dw, bool need_db)"
@@ -112,7 +139,22 @@ LAYER_NORM_BWD = define(
     samples=_bwd_samples,
     cost=_cost_bwd,
     long_reduction=True,
+    workloads=_bwd_workloads,
 )
+
+
+def _triton_supports(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:
+    return "the last dimension is empty" if x.shape[-1] == 0 else refusal(x, weight, bias)
+
+
+def _triton_bwd_supports(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, need_dw: bool, need_db: bool
+) -> str | None:
+    return "the last dimension is empty" if x.shape[-1] == 0 else refusal(dy, x, weight, mean, rstd)
+
+
+implement(LAYER_NORM, "triton", lazy("norm", "layer_norm"), _triton_supports)
+implement(LAYER_NORM_BWD, "triton", lazy("norm_bwd", "layer_norm_bwd"), _triton_bwd_supports)
 
 
 class _LayerNorm(torch.autograd.Function):

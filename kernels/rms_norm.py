@@ -14,7 +14,8 @@
 
 Shapes: x, residual, y, h [..., H]; weight [H]; rstd [...] in fp32 (fp64 for fp64 inputs).
 Saved for backward: h (x itself without residual) and rstd; xhat is recomputed.
-Bytes, n elements of b bytes: forward 2nb (4nb with residual), backward 3nb (4nb with the residual gradient).
+Bytes, n elements of b bytes: forward 2nb (4nb with residual), backward 3nb (4nb with the residual gradient); a trained
+weight adds a GPU's partial sums, 16 bytes per column and multiprocessor.
 Numerics: fp32 inside; y has dtype promote(x, w) in mode "llama", else that of x. Deterministic: no atomics.
 Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4.
 """
@@ -27,6 +28,8 @@ import torch
 from torch import Tensor
 
 from . import checks, native
+from .gpu.launch import lazy, refusal, sm_count
+from .gpu.norm_plan import partial_bytes
 from .registry import Cost, Sample, define, function, implement
 
 MODES = ("llama", "gemma", "none")
@@ -114,12 +117,42 @@ def _bwd_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
             yield Sample(f"{sample.name}-dw{need_dw:d}", (torch.randn_like(x), dh, h, w, rstd, mode, need_dw))
 
 
-def _cost(x: Tensor, residual: Tensor | None, *_: object) -> Cost:
-    return Cost((2 if residual is None else 4) * x.numel() * x.element_size(), 5 * x.numel())
+def _workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    yield Sample("llama-3-8b-add", (tensor(4096, 4096), tensor(4096, 4096), tensor(4096), 1e-5, "llama"))
+    yield Sample("qwen3-0.6b", (tensor(4096, 1024), None, tensor(1024), 1e-6, "llama"))
+    yield Sample("qwen3-0.6b-q-norm", (tensor(1, 4096, 16, 128), None, tensor(128), 1e-6, "llama"))
+    yield Sample("gemma-3-1b", (tensor(4095, 1152), None, tensor(1152), 1e-6, "gemma"))
 
 
-def _cost_bwd(dy: Tensor, dh: Tensor | None, *_: object) -> Cost:
-    return Cost((3 if dh is None else 4) * dy.numel() * dy.element_size(), 9 * dy.numel())
+def _bwd_workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for sample in _workloads(dtype, device):
+        x, residual, w, _, mode = sample.args
+        rstd = torch.rand(x.shape[:-1], dtype=accumulator(dtype), device=device)
+        for need_dw in (False, True):
+            dy, dh = torch.randn_like(x), None if residual is None else torch.randn_like(x)
+            yield Sample(f"{sample.name}-dw{need_dw:d}", (dy, dh, x, w, rstd, mode, need_dw))
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _cost(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, mode: str) -> Cost:
+    n, rows = x.numel(), x.numel() // max(1, x.shape[-1])
+    written = n * out_dtype(x, weight, mode).itemsize + rows * accumulator(x.dtype).itemsize
+    return Cost(_bytes(x, residual, residual, weight) + written, 5 * n)
+
+
+def _cost_bwd(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, mode: str, need_dw: bool
+) -> Cost:
+    moved = _bytes(dy, dh, h, h, weight, rstd)
+    if need_dw and weight is not None:
+        moved += _bytes(weight) + partial_bytes(rstd.numel(), h.shape[-1], sm_count(h.device))
+    return Cost(moved, 9 * dy.numel())
 
 
 RMS_NORM = define(
@@ -128,6 +161,7 @@ RMS_NORM = define(
     fake=_fake,
     samples=_op_samples,
     cost=_cost,
+    workloads=_workloads,
 )
 RMS_NORM_BWD = define(
     "rms_norm_bwd(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor rstd, str mode, bool need_dw)"
@@ -137,6 +171,7 @@ RMS_NORM_BWD = define(
     samples=_bwd_samples,
     cost=_cost_bwd,
     long_reduction=True,
+    workloads=_bwd_workloads,
 )
 
 
@@ -189,8 +224,24 @@ def _cpu_bwd_supports(
     return native.unsupported(h, weight)
 
 
+def _triton_supports(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, mode: str) -> str | None:
+    if x.shape[-1] == 0:
+        return "the last dimension is empty"
+    if residual is not None and residual.dtype != x.dtype:
+        return f"the residual is {residual.dtype} beside {x.dtype}"
+    return refusal(x, residual, weight)
+
+
+def _triton_bwd_supports(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, mode: str, need_dw: bool
+) -> str | None:
+    return "the last dimension is empty" if h.shape[-1] == 0 else refusal(dy, dh, h, weight, rstd)
+
+
 implement(RMS_NORM, "cpu", _cpu, _cpu_supports)
 implement(RMS_NORM_BWD, "cpu", _cpu_bwd, _cpu_bwd_supports)
+implement(RMS_NORM, "triton", lazy("norm", "rms_norm"), _triton_supports)
+implement(RMS_NORM_BWD, "triton", lazy("norm_bwd", "rms_norm_bwd"), _triton_bwd_supports)
 
 
 class _RMSNorm(torch.autograd.Function):
