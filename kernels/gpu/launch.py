@@ -94,8 +94,8 @@ def refusal(*tensors: Tensor | None, dot: bool = False) -> str | None:
                 return "Triton's interpreter truncates bfloat16"
         elif t.device.type != "cuda" and not (_recorder and t.device.type == "meta"):
             return f"the tensors are on {t.device}"
-        if dot and t.dtype == torch.bfloat16 and capability(t.device) < 80:
-            return "this GPU has no bfloat16 tensor cores"
+        if dot and t.dtype != torch.float32 and capability(t.device) < 80:
+            return "below sm_80 Triton multiplies matrices without tensor cores"  # 3.6.0 and 3.7.1: FFMA, bf16 and fp16
     return None
 
 
