@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from fuselora.engine.patch.state import (
     active_adapters,
     bypass_reason,
+    dtype_reason,
     read_adapter,
+    read_dora,
     read_projections,
     state_reason,
     tensor_reason,
+    uses_dora,
 )
 from fuselora.engine.patch.swap import Fused, decline, is_fused
+from fuselora.kernels.dora_linear import dora_linear
 from fuselora.kernels.layer_norm import layer_norm
 from fuselora.kernels.lora_linear import lora_delta, lora_linear
 from fuselora.kernels.lora_mlp import lora_mlp, lora_mlp_packed
@@ -91,7 +95,7 @@ class FusedTorchRMSNorm(FusedLayerNorm):
 
 
 class FusedLoRALinear(Fused):
-    """peft's LoRA on a dense linear: base GEMM and low-rank parts of all active adapters in one function."""
+    """peft's LoRA or DoRA on a dense linear: base GEMM and low-rank parts of all active adapters in one function."""
 
     fuse_kind = "lora_linear"
     fuse_ops = ("lora_shrink", "lora_project", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
@@ -105,10 +109,15 @@ class FusedLoRALinear(Fused):
         names = [] if reason else active_adapters(self)
         if reason is None and not names:
             return self.base_layer(x)
-        adapters = [read_adapter(self, name) for name in names]
-        reason = reason or next((a for a in adapters if isinstance(a, str)), None)
         if reason is None and not getattr(self, "cast_input_dtype_enabled", True):
             reason = "input casting is disabled"
+        if reason is None and uses_dora(self):
+            dora = read_dora(self)
+            reason = dora if isinstance(dora, str) else dtype_reason(x, dora.weight)
+            if reason is None:
+                return dora_linear(x, *dora)
+        adapters = [read_adapter(self, name) for name in names]
+        reason = reason or next((a for a in adapters if isinstance(a, str)), None)
         if reason:
             decline(self, reason)
             return super().forward(x, *args, **kwargs)
@@ -132,8 +141,11 @@ class FusedOpaqueLoRALinear(FusedLoRALinear):
 
 
 def _adapters_reason(module: Any) -> str | None:
-    """Why some active adapter of a LoRA layer is not plain LoRA, or None."""
+    """Why the active adapters of a LoRA layer are neither plain LoRA nor one DoRA, or None."""
     reason = state_reason(module)
+    if reason is None and uses_dora(module):
+        dora = read_dora(module)
+        return dora if isinstance(dora, str) else None
     for name in () if reason else active_adapters(module):
         lora = read_adapter(module, name)
         if isinstance(lora, str):

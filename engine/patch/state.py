@@ -1,16 +1,18 @@
 """What a linear layer computes *right now*: read at every call, because PEFT's state may change between any two.
 
-``read_projection`` answers with the tensors of a plain linear and of the plain LoRA adapters active on it, or with the
-reason why the layer's own forward must run. Nothing is cached: adapters are hot-swapped, scaled, switched, merged and
-moved.
+``read_projection`` answers with the tensors of a plain linear and of the plain LoRA adapters active on it,
+``read_dora`` with those of a linear and its DoRA adapter, or with the reason why the layer's own forward must run.
+Nothing is cached: adapters are hot-swapped, scaled, switched, merged and moved.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora as peft_lora
+from peft.tuners.lora import dora as peft_dora
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from fuselora.engine.patch.swap import stock_class
@@ -74,6 +76,11 @@ def read_adapter(module: Any, name: str) -> LoRA | str:
     """One adapter of a LoRA layer, or the reason why it is not plain LoRA."""
     if name in module.lora_variant:
         return f"adapter {name!r} uses the variant {type(module.lora_variant[name]).__name__}"
+    return _read_factors(module, name)
+
+
+def _read_factors(module: Any, name: str) -> LoRA | str:
+    """A, B, scaling and dropout of an adapter of any variant."""
     a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
     for part in (a, b):
         if type(part) is not nn.Linear:
@@ -96,6 +103,51 @@ def read_adapter(module: Any, name: str) -> LoRA | str:
         bias = None if b.bias is None else b.bias * scaling
         return LoRA(a.weight, b.weight * scaling, 1.0, p, bias)
     return LoRA(a.weight, b.weight, float(scaling), p, b.bias)
+
+
+class DoRA(NamedTuple):
+    """The arguments of ``dora_linear`` behind the input."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora: LoRA
+    magnitude: Tensor
+
+
+def uses_dora(module: Any) -> bool:
+    """Whether PEFT's DoRA, and not a class derived from it, is among the active adapters of a LoRA layer."""
+    variants = module.lora_variant
+    return bool(variants) and any(type(variants.get(n)) is DoraLinearVariant for n in active_adapters(module))
+
+
+def read_dora(module: Any) -> DoRA | str:
+    """The tensors of a LoRA layer that ``uses_dora``, or the reason why its own forward must run."""
+    (name, *others), base = active_adapters(module), module.base_layer
+    if others:
+        return f"{1 + len(others)} adapters are active, DoRA among them"
+    if stock_class(base) is not nn.Linear:
+        return f"adapter {name!r} is DoRA and its base layer a {type(base).__name__}"
+    if module.fan_in_fan_out:
+        return f"adapter {name!r} is DoRA on a transposed weight"
+    length = module.lora_magnitude_vector[name]
+    if type(length) is not peft_dora.DoraLinearLayer:
+        return f"adapter {name!r} keeps its magnitude in a {type(length).__name__}"
+    if peft_dora.ENABLE_DORA_CACHING and not length.training:
+        return "DoRA caching is enabled: PEFT may use norms of earlier weights"
+    plain, lora = read_plain(base), _read_factors(module, name)
+    reason = bypass_reason(length) or tensor_reason(length.weight)
+    for part in (plain, lora, reason):
+        if isinstance(part, str):
+            return f"adapter {name!r} is DoRA: {part}"
+    assert isinstance(plain, Projection) and isinstance(lora, LoRA)
+    if lora.bias is not None:
+        return f"adapter {name!r} is DoRA with a bias"
+    tensors = (plain.weight, lora.a, lora.b, length.weight)
+    if len({t.device for t in tensors}) > 1:
+        return f"adapter {name!r} is DoRA on several devices"
+    if not module.training:  # PEFT asks the layer, not the dropout module
+        lora = lora._replace(p=0.0)
+    return DoRA(plain.weight, plain.bias, lora, length.weight)
 
 
 def read_projection(module: nn.Module) -> Projection | str:

@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tests.support.models import add_lora, base_model, batch, fill_adapters, randomize
 from tests.support.parity import StayDouble
-from tests.support.twins import SMALL, add_adapter, small_twins, twins_of
+from tests.support.twins import SMALL, small_twins, twins_of
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
-
-import fuselora
-
-
-def test_dora_runs_stock() -> None:
-    twins = twins_of(add_lora(base_model("llama", torch.float64, **SMALL), use_dora=True))
-    result = twins.check()
-    assert any("lora_magnitude_vector" in name and g.any() for name, g in result.grads.items())
-    assert twins.reasons() == {"adapter 'default' uses the variant DoraLinearVariant"}
-    declined = {row.kind: row.calls_declined for row in twins.rows() if row.reason}
-    assert declined == {"attention": 1, "mlp": 1, "lora_linear": 1}
-    with pytest.raises(ValueError, match="strict=True: .*DoraLinearVariant"):
-        fuselora.patch_model(copy.deepcopy(twins.stock), strict=True)
-
-
-def test_dora_beside_plain_lora() -> None:
-    twins = small_twins()
-    twins.both(add_adapter("dora", use_dora=True))
-    twins.both(lambda m: m.set_adapter("dora"))
-    twins.check()
-    twins.both(lambda m: m.base_model.set_adapter(["default", "dora"]))
-    twins.check()
-    twins.both(lambda m: m.set_adapter("default"))
-    twins.check()
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
