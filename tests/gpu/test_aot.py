@@ -86,7 +86,11 @@ def check(item: Recorded, used: aot.Resources, touched: Accesses, capability: in
             yield "occupancy", f"{warps} resident warps, at least {MIN_WARPS} hide the latency of memory"
         if item.budget is None:
             yield "budget", f"no budget for {item.kernel} in its module's BUDGETS"
-        elif capability == 90 and (spent := per_element(item, used)) > item.budget.instructions:
+        elif (
+            capability == 90
+            and wide_expected(item, set(item.launch.args))
+            and (spent := per_element(item, used)) > item.budget.instructions
+        ):
             yield "budget", f"{spent:.1f} instructions per element, the budget is {item.budget.instructions}"
 
 
@@ -100,7 +104,8 @@ def wide_expected(item: Recorded, names: set[str]) -> bool:
     dimension of at least 128, and every row starts at a multiple of 16 elements, the granularity that Triton knows."""
     tensors = [v for v in item.launch.args.values() if isinstance(v, torch.Tensor)]
     largest = max(t.numel() * t.element_size() for t in tensors)
-    large = [t for t in (item.launch.args[n] for n in names) if 4 * t.numel() * t.element_size() >= largest]
+    given = [v for v in (item.launch.args[n] for n in names) if isinstance(v, torch.Tensor)]
+    large = [t for t in given if 4 * t.numel() * t.element_size() >= largest]
     return bool(large) and all(aligned(t) for t in large)
 
 

@@ -25,7 +25,7 @@ from fuselora.kernels.registry import OPS
 
 FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"),
-    *("is_same_size", "promote_types", "_local_scalar_dense"),
+    *("is_same_size", "promote_types", "detach_", "_local_scalar_dense"),
 }
 
 

@@ -52,8 +52,8 @@ class Accesses:
 
 
 _LOCATION = re.compile(r"\s*loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)")
-_OPERATION = re.compile(r'^(?:(%[\w.]+)(?::(\d+))?((?:,\s*%[\w.]+)*)\s*=\s*)?"?([\w.]+)"?(.*)$')
-_NAME = re.compile(r"%[\w.]+(?:#\d+)?")
+_OPERATION = re.compile(r'^(?:(%[\w.-]+)(?::(\d+))?((?:,\s*%[\w.-]+)*)\s*=\s*)?"?([\w.]+)"?(.*)$')
+_NAME = re.compile(r"%[\w.-]+(?:#\d+)?")
 
 
 def parse(ttir: str) -> tuple[list[str], Region]:
@@ -221,7 +221,7 @@ class _Interpreter:
         return _corners(_ARITHMETIC[op.name], a, b)
 
     def loop(self, op: Operation, operands: list[Value], environment: dict[str, Value]) -> list[Value]:
-        names, pairs = op.operands, re.findall(r"(%[\w.]+) = (%[\w.]+(?:#\d+)?)", op.text.partition("iter_args")[2])
+        names, pairs = op.operands, re.findall(r"(%[\w.-]+) = (%[\w.-]+(?:#\d+)?)", op.text.partition("iter_args")[2])
         lower, upper = (environment.get(name, Value()) for name in names[1:3])
         bounded = lower.range is not None and upper.range is not None
         index = (lower.range[0], max(lower.range[0], upper.range[1] - 1)) if bounded else None
@@ -230,7 +230,7 @@ class _Interpreter:
         return self.fixpoint(op.regions[0], [name for name, _ in pairs], initial, environment)
 
     def while_loop(self, op: Operation, operands: list[Value], environment: dict[str, Value]) -> list[Value]:
-        pairs = re.findall(r"(%[\w.]+) = (%[\w.]+(?:#\d+)?)", op.text)
+        pairs = re.findall(r"(%[\w.-]+) = (%[\w.-]+(?:#\d+)?)", op.text)
         initial = [Value(None, environment.get(s, Value()).pointers) for _, s in pairs]
         environment.update(zip((name for name, _ in pairs), initial, strict=True))
         condition = self.run(op.regions[0], environment)[1:]
