@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .registry import Cost, Sample, define, function
+from .gpu.launch import lazy, refusal
+from .registry import Cost, Sample, define, function, implement
 
 MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -75,13 +76,32 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     yield Sample("transposed", (torch.randn(6, 10, dtype=dtype, device=device).T, draw_seed(), 0.3))
 
 
+def _workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for rows, width in ((4096, 4096), (4096, 14336), (4096, 1024), (4097, 272)):  # Llama-3-8B, Qwen3-0.6B, awkward
+        yield Sample(f"{rows}x{width}", (torch.empty(rows, width, dtype=dtype, device=device), torch.tensor(20), 0.1))
+
+
 def _cost(x: Tensor, *_: object) -> Cost:
     return Cost(2 * x.numel() * x.element_size(), 2 * x.numel())
 
 
 DROPOUT = define(
-    "dropout(Tensor x, Tensor seed, float p) -> Tensor", reference=_reference, fake=_fake, samples=_samples, cost=_cost
+    "dropout(Tensor x, Tensor seed, float p) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    samples=_samples,
+    workloads=_workloads,
+    cost=_cost,
 )
+
+
+def _triton_supports(x: Tensor, seed: Tensor, p: float) -> str | None:
+    if seed.device.type != "cpu":
+        return f"the seed is on {seed.device}, where reading it would wait for the device"
+    return refusal(x)
+
+
+implement(DROPOUT, "triton", lazy("dropout", "dropout"), _triton_supports)
 
 
 class _Dropout(torch.autograd.Function):
