@@ -10,15 +10,19 @@ from fuselora.kernels.linear_cross_entropy import linear_cross_entropy, linear_l
 from fuselora.kernels.lora import LoRA, Projection
 from fuselora.kernels.lora_linear import lora_delta, lora_linear, lora_linears
 from fuselora.kernels.lora_mlp import lora_mlp, lora_mlp_packed
+from fuselora.kernels.nf4 import Quantized4bit, dequantize_4bit, quantize_4bit
+from fuselora.kernels.qk_norm_rope import qk_norm_rope
 from fuselora.kernels.rms_norm import add_rms_norm, rms_norm
 from fuselora.kernels.rope import rope
 
 __all__ = [
     "LoRA",
     "Projection",
+    "Quantized4bit",
     "add_rms_norm",
     "cross_entropy",
     "dora_linear",
+    "dequantize_4bit",
     "dropout",
     "dropout_mask",
     "glu",
@@ -31,6 +35,8 @@ __all__ = [
     "lora_linears",
     "lora_mlp",
     "lora_mlp_packed",
+    "qk_norm_rope",
+    "quantize_4bit",
     "rms_norm",
     "rope",
 ]
