@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+ENV_GEMM = "FUSELORA_LORA_GEMM"  # forces a candidate of the LoRA GEMMs, see lora_matmul.py
 PATH = Path(__file__).with_name("choices.json")
 CONDITIONS = ("op", "capability", "dtype", "m", "n", "k")
 KEYS = (*CONDITIONS, "choice", "config", "source", "gpu", "date", "command", "commit")

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .aot import Budget
 from .philox import keep_mask
 
 SLOTS = 3  # projections, and adapters, of one launch
@@ -80,10 +81,14 @@ def _grouped(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 @triton.jit
 def _add_low_rank(
     acc, low, stride_low, rows, wide, stride_r, stride_c, cols, width, rank, scaling,
-    SPLIT: tl.constexpr, BLOCK_R: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """acc + low[rows, :rank] (scaling wide[:rank, cols]); ``wide`` is B transposed, or A."""
-    for r0 in tl.range(0, rank, BLOCK_R, num_stages=2):
+    """acc + low[rows, :rank] (scaling wide[:rank, cols]); ``wide`` is B transposed, or A.
+
+    A GEMM's low-rank steps are pipelined in two stages: its blocks are few on a multiprocessor. The low-rank part alone
+    has enough blocks to wait for each other, and on sm_100 no registers for a second stage.
+    """
+    for r0 in tl.range(0, rank, BLOCK_R, num_stages=STAGES):
         ranks = r0 + tl.arange(0, BLOCK_R)
         inside = ranks < rank
         left = tl.load(low + rows[:, None] * stride_low + ranks[None, :], mask=inside[None, :], other=0.0)
@@ -146,7 +151,7 @@ def project_kernel(
     low, wide = _pick(i, s0, s1, s2, COUNT), _pick(i, b0, b1, b2, COUNT)
     rank, stride_s = _multiple(_pick(i, r0, r1, r2, COUNT), UNIT_R), _multiple(stride_s, UNIT_R)
     stride_b = _multiple(_pick(i, stride_b0, stride_b1, stride_b2, COUNT), UNIT_R)
-    acc = _add_low_rank(acc, low, stride_s, rows, wide, 1, stride_b, cols, n, rank, scaling, SPLIT, BLOCK_R)
+    acc = _add_low_rank(acc, low, stride_s, rows, wide, 1, stride_b, cols, n, rank, scaling, SPLIT, 1 + GEMM, BLOCK_R)
     if BIAS:
         bias = _pick(i, bias0, bias1, bias2, COUNT)
         bias_n = _pick(i, bias_n0, bias_n1, bias_n2, COUNT)
@@ -161,17 +166,17 @@ def project_kernel(
 @triton.jit
 def _add_masked(
     acc, ds, stride_ds, rows, a, stride_a, first, K, rank, seed, limit, scale,
-    DROP: tl.constexpr, QUADS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROP: tl.constexpr, QUADS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """acc + drop^T(dS A) of one adapter; ``first`` is the tile's first column."""
     cols = first + tl.arange(0, acc.shape[1])
     if DROP:
         part = tl.zeros(acc.shape, tl.float32)
-        part = _add_low_rank(part, ds, stride_ds, rows, a, stride_a, 1, cols, K, rank, 1.0, SPLIT, BLOCK_R)
+        part = _add_low_rank(part, ds, stride_ds, rows, a, stride_a, 1, cols, K, rank, 1.0, SPLIT, STAGES, BLOCK_R)
         keep = keep_mask(rows, first, K, seed, limit, acc.shape[1], QUADS)
         return acc + tl.where(keep, part * scale, 0.0)
     else:
-        return _add_low_rank(acc, ds, stride_ds, rows, a, stride_a, 1, cols, K, rank, 1.0, SPLIT, BLOCK_R)
+        return _add_low_rank(acc, ds, stride_ds, rows, a, stride_a, 1, cols, K, rank, 1.0, SPLIT, STAGES, BLOCK_R)
 
 
 @triton.jit(do_not_specialize=["seed0", "seed1", "seed2", "limit0", "limit1", "limit2"])
@@ -225,17 +230,20 @@ def grad_x_kernel(
     if ADAPTERS > 0:
         acc = _add_masked(acc, ds0, stride_ds, rows, a0, _multiple(stride_a0, UNIT), first, K,
                           _multiple(r0, UNIT_R), seed0, limit0, scale0,
-                          DROPPED % 2 == 1, QUADS, SPLIT, BLOCK_R)  # fmt: skip
+                          DROPPED % 2 == 1, QUADS, SPLIT, 1 + GEMM, BLOCK_R)  # fmt: skip
     if ADAPTERS > 1:
         acc = _add_masked(acc, ds1, stride_ds, rows, a1, _multiple(stride_a1, UNIT), first, K,
                           _multiple(r1, UNIT_R), seed1, limit1, scale1,
-                          DROPPED // 2 % 2 == 1, QUADS, SPLIT, BLOCK_R)  # fmt: skip
+                          DROPPED // 2 % 2 == 1, QUADS, SPLIT, 1 + GEMM, BLOCK_R)  # fmt: skip
     if ADAPTERS > 2:
         acc = _add_masked(acc, ds2, stride_ds, rows, a2, _multiple(stride_a2, UNIT), first, K,
                           _multiple(r2, UNIT_R), seed2, limit2, scale2,
-                          DROPPED // 4 == 1, QUADS, SPLIT, BLOCK_R)  # fmt: skip
+                          DROPPED // 4 == 1, QUADS, SPLIT, 1 + GEMM, BLOCK_R)  # fmt: skip
     out = dx + all_rows[:, None] * K + cols[None, :]
     inside = (all_rows[:, None] < M) & (cols[None, :] < K)
     if ACCUMULATE:
         acc += tl.load(out, mask=inside, other=0.0).to(tl.float32)
     tl.store(out, acc.to(dx.dtype.element_ty), mask=inside)
+
+
+BUDGETS: dict[str, Budget] = {}  # tensor cores bound the GEMMs, their own writes the low-rank part alone

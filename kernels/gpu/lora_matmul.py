@@ -34,7 +34,6 @@ from .launch import capability
 from .lora_gemm import SLOTS, Config
 from .lora_gemm_launch import Part, Slot, aligned, default_config, dense, expand_config, launch_grad_x, launch_project
 
-ENV_GEMM = "FUSELORA_LORA_GEMM"
 CANDIDATES = ("addmm", "triton")
 
 
@@ -48,9 +47,11 @@ def chosen(op: str, left: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[
     rows_aligned = aligned([*left, *weights], [weight.shape[0] for weight in weights])
     sizes = x.shape[0], sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     choice = choices.choose(op, level, x.dtype, *sizes) if rows_aligned else None
-    variant = os.environ.get(ENV_GEMM) or (choice.variant if choice else CANDIDATES[0])
+    variant = os.environ.get(choices.ENV_GEMM) or (choice.variant if choice else CANDIDATES[0])
     if variant not in CANDIDATES:
-        raise ValueError(f"{ENV_GEMM}: expected {' or '.join(CANDIDATES)}, got {variant!r}; choose one or unset it")
+        raise ValueError(
+            f"{choices.ENV_GEMM}: expected {' or '.join(CANDIDATES)}, got {variant!r}; choose one or unset it"
+        )
     if choice is not None and choice.variant == variant and choice.config is not None:
         return variant, Config(**choice.config)
     return variant, default_config(level, x.dtype, x.shape[0], rows_aligned)

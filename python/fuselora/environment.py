@@ -12,12 +12,14 @@ import torch
 import fuselora.functional  # noqa: F401  (imports every kernel file, which fills the registry)
 from fuselora._version import __version__
 from fuselora.kernels import native
+from fuselora.kernels.gpu import choices
 from fuselora.kernels.registry import DISPATCH_KEY, ENV_IMPL, OPS, Op
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "flash-attn", "xformers")
 # Every environment variable that fuselora reads, and what it does.
 SWITCHES = {
     ENV_IMPL: "op=tag[,op=tag]: force an implementation, * for all ops that have it",
+    choices.ENV_GEMM: "addmm or triton: force a candidate of the LoRA GEMMs on a GPU, see kernels/gpu/lora_matmul.py",
     native.ENV_ISA: "scalar, avx2 or avx512: force the instruction set of native CPU ops",
     "FUSELORA_SKIP_NATIVE": "1: install without building the native library",
 }
