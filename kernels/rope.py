@@ -36,6 +36,8 @@ from .registry import Cost, Sample, define, function, implement
 from .rms_norm import accumulator
 
 WIDEST = 1024  # channels of a head that a Triton program keeps in registers
+TILE = 2048  # channels of one head over a Triton program's tokens: 16 for each of 128 threads
+GROUP = 8  # heads that share one read of the tables
 
 
 def _pair(x: Tensor, rotary: int, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -128,11 +130,15 @@ def model_heads(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str,
         yield f"{batch}x{length}-{heads_q}+{heads_k}x{width}-{rotary}", q, k, cos, sin, interleaved
 
 
+def heads_first(x: Tensor) -> Tensor:
+    """A new tensor of x's shape that lies [B, H, S, D], as attention's gradients do."""
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
 def _workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     for name, q, k, cos, sin, interleaved in model_heads(dtype, device):
         yield Sample(name, (q, k, cos, sin, interleaved, False))
-        gradients = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))  # attention's are heads first
-        yield Sample(f"{name}-adjoint", (*gradients, cos, sin, interleaved, True))
+        yield Sample(f"{name}-adjoint", (heads_first(q), heads_first(k), cos, sin, interleaved, True))
 
 
 def table_bytes(cos: Tensor, sin: Tensor) -> int:
@@ -174,11 +180,28 @@ def _cpu_supports(q: Tensor, k: Tensor, cos: Tensor, *_: object) -> str | None:
     return "an empty dimension" if q.numel() == 0 or k.numel() == 0 else native.unsupported(q, k, cos)
 
 
-def heads_refusal(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> str | None:
+def head_tiles(q: Tensor, k: Tensor, rotary: int, held: int, group: int = GROUP) -> tuple[int, int, int]:
+    """(tokens, heads) of one Triton program over heads of q or of k, powers of two, and the number of programs.
+
+    ``held``: channels of a head that are in registers at once.
+    """
+    batch, length, heads_q, _ = q.shape
+    heads_k = k.shape[2]
+    tokens = max(1, min(TILE // power_of_two(held), power_of_two(length)))
+    group = min(group, power_of_two(max(heads_q, heads_k)), power_of_two(rotary) // 2)
+    return tokens, group, batch * -(-length // tokens) * (-(-heads_q // group) + -(-heads_k // group))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest one that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def heads_refusal(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Tensor) -> str | None:
     """Why no Triton kernel over heads takes these, or None."""
     if cos.shape[-1] == 0 or q.shape[-1] > WIDEST:
         return f"nothing is rotated, or head_dim is above {WIDEST}"
-    return refusal(q, k, cos, sin)
+    return refusal(q, k, cos, sin, *others)
 
 
 def _triton_supports(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: object) -> str | None:
@@ -202,22 +225,23 @@ class _Rope(torch.autograd.Function):
         return dq, dk, None, None, None
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    checks.check_same_device("rope", q=q, k=k, cos=cos, sin=sin)
-    checks.check_ndim("rope", "q", q, 4)
-    checks.check_ndim("rope", "cos", cos, 3)
-    checks.check_float("rope", "q", q)
-    checks.check_float("rope", "cos", cos)
+def check_heads(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """What every function that rotates q and k asks of them and of the tables."""
+    checks.check_same_device(op, q=q, k=k, cos=cos, sin=sin)
+    checks.check_ndim(op, "q", q, 4)
+    checks.check_ndim(op, "cos", cos, 3)
+    checks.check_float(op, "q", q)
+    checks.check_float(op, "cos", cos)
     batch, length, _, width = q.shape
     if k.dim() != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != width or k.dtype != q.dtype:
         want, got = f"[{batch}, {length}, heads, {width}] {q.dtype}", f"{tuple(k.shape)} {k.dtype}"
-        raise checks.fail("rope", "k", want, got, "match q in all but the number of heads")
+        raise checks.fail(op, "k", want, got, "match q in all but the number of heads")
     if cos.shape[0] not in (1, batch) or cos.shape[1] != length or cos.shape[2] % 2 or cos.shape[2] > width:
         want = f"[{batch} or 1, {length}, an even size <= {width}]"
-        raise checks.fail("rope", "cos.shape", want, tuple(cos.shape), "take cos from the model's rotary module")
+        raise checks.fail(op, "cos.shape", want, tuple(cos.shape), "take cos from the model's rotary module")
     if sin.shape != cos.shape or sin.dtype != cos.dtype:
         got = f"{tuple(sin.shape)} {sin.dtype}"
-        raise checks.fail("rope", "sin", f"{tuple(cos.shape)} {cos.dtype}", got, "match cos")
+        raise checks.fail(op, "sin", f"{tuple(cos.shape)} {cos.dtype}", got, "match cos")
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
@@ -235,7 +259,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    _check(q, k, cos, sin)
+    check_heads("rope", q, k, cos, sin)
     return _Rope.apply(q, k, cos, sin, interleaved)
 
 

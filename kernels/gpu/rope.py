@@ -17,12 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..rope import head_tiles, power_of_two
 from .aot import Budget
 from .launch import launch, sm_count
 
-TILE = 2048  # channels of one head over a program's tokens: 16 per thread, two 16-byte accesses in bf16
 WARPS = 4
-MAX_GROUP = 8  # heads that share one read of the tables
 
 
 @triton.jit
@@ -139,38 +138,30 @@ def tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
     return cos, sin, (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))
 
 
-def geometry(q: Tensor, k: Tensor, rotary: int) -> tuple[int, dict[str, int]]:
-    """(number of programs, the constants that every kernel over heads of q and k shares)."""
-    batch, length, heads_q, width = q.shape
-    heads_k = k.shape[2]
-    block = triton.next_power_of_2(rotary // 2)
-    tokens = max(1, min(TILE // (2 * block), triton.next_power_of_2(length)))
-    blocks = batch * triton.cdiv(length, tokens)
-    group = min(MAX_GROUP, triton.next_power_of_2(max(heads_q, heads_k)))
-
-    def groups() -> int:
-        return triton.cdiv(heads_q, group) + triton.cdiv(heads_k, group)
-
-    while group > 1 and blocks * groups() < 2 * sm_count(q.device):  # a short batch: rather fill the device
-        group //= 2
+def geometry(q: Tensor, k: Tensor, rotary: int, held: int) -> tuple[int, dict[str, int]]:
+    """(number of programs, the constants that every kernel over heads of q and k shares); see ``head_tiles``."""
+    tokens, group, programs = head_tiles(q, k, rotary, held)
+    while group > 1 and programs < 2 * sm_count(q.device):  # a short batch: rather fill the device
+        tokens, group, programs = head_tiles(q, k, rotary, held, group // 2)
+    width = q.shape[-1]
     constants = {
-        "HEADS_Q": heads_q,
-        "HEADS_K": heads_k,
+        "HEADS_Q": q.shape[2],
+        "HEADS_K": k.shape[2],
         "WIDTH": width,
         "HALF": rotary // 2,
         "GROUP": group,
         "TOKENS": tokens,
-        "BLOCK": block,
-        "REST": triton.next_power_of_2(width - rotary) if rotary < width else 0,
+        "BLOCK": power_of_two(rotary // 2),
+        "REST": power_of_two(width - rotary) if rotary < width else 0,
     }
-    return blocks * groups(), constants
+    return programs, constants
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, adjoint: bool) -> tuple[Tensor, Tensor]:
     q, k = strided(q), strided(k)
     cos, sin, table_strides = tables(cos, sin)
     y_q, y_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    programs, constants = geometry(q, k, cos.shape[-1])
+    programs, constants = geometry(q, k, cos.shape[-1], cos.shape[-1])
     launch(
         rope_kernel,
         (programs,),
