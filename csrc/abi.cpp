@@ -29,12 +29,14 @@ struct Kernels {
   decltype(&scalar::glu_bwd) glu_bwd;
   decltype(&scalar::rope) rope;
   decltype(&scalar::cross_entropy) cross_entropy;
+  decltype(&scalar::dequantize_4bit) dequantize_4bit;
+  decltype(&scalar::quantize_4bit) quantize_4bit;
   decltype(&scalar::philox) philox;
 };
 
 #define FUSELORA_KERNELS(isa)                                                                      \
   {#isa, isa::rms_norm, isa::rms_norm_bwd, isa::dropout, isa::glu, isa::glu_bwd, isa::rope,        \
-   isa::cross_entropy, isa::philox}
+   isa::cross_entropy, isa::dequantize_4bit, isa::quantize_4bit, isa::philox}
 
 const Kernels kScalar = FUSELORA_KERNELS(scalar);
 #if defined(__x86_64__)
@@ -75,6 +77,8 @@ bool is_dtype(int32_t dtype) { return dtype == FUSELORA_F32 || dtype == FUSELORA
 bool is_activation(int32_t act) { return act == FUSELORA_SILU || act == FUSELORA_GELU || act == FUSELORA_GELU_TANH; }
 
 bool is_mode(int32_t mode) { return mode == FUSELORA_LLAMA || mode == FUSELORA_GEMMA || mode == FUSELORA_NONE; }
+
+bool is_blocksize(int64_t size) { return size >= 32 && size <= kMaxBlocksize && (size & (size - 1)) == 0; }
 
 struct Free {
   void operator()(float* p) const { std::free(p); }
@@ -194,6 +198,28 @@ int32_t fuselora_cross_entropy(float* loss, float* lse, float* entropy, void* dx
   kernels()->cross_entropy({loss, lse, entropy, dx, x, labels, upstream, dentropy, rows, cols, dx_stride, x_stride, dtype,
                             ignore_index, static_cast<float>(softcap), static_cast<float>(label_smoothing),
                             static_cast<float>(logit_scale), static_cast<float>(z_loss), threads});
+  return FUSELORA_OK;
+}
+
+int32_t fuselora_dequantize_4bit(void* out, const uint8_t* data, const void* absmax, const float* code,
+                                 const float* absmax2, const float* code2, const float* offset, int64_t n,
+                                 int64_t blocksize, int64_t blocksize2, int32_t dtype, int32_t threads) {
+  if (n < 0 || !is_blocksize(blocksize) || blocksize2 < 1 || !is_dtype(dtype) || (absmax2 && (!code2 || !offset)))
+    return fail(FUSELORA_BAD_ARGUMENT, "dequantize_4bit: bad argument: n %lld, block sizes %lld %lld, dtype %d, %s",
+                static_cast<long long>(n), static_cast<long long>(blocksize), static_cast<long long>(blocksize2), dtype,
+                absmax2 ? "nested" : "plain");
+  if (!kernels()) return FUSELORA_BAD_ISA;
+  kernels()->dequantize_4bit({out, data, absmax, code, absmax2, code2, offset, n, blocksize, blocksize2, dtype, threads});
+  return FUSELORA_OK;
+}
+
+int32_t fuselora_quantize_4bit(uint8_t* data, float* absmax, const void* w, const float bounds[15],
+                               const uint8_t order[16], int64_t n, int64_t blocksize, int32_t dtype, int32_t threads) {
+  if (n < 0 || !is_blocksize(blocksize) || !is_dtype(dtype))
+    return fail(FUSELORA_BAD_ARGUMENT, "quantize_4bit: bad argument: n %lld, block size %lld, dtype %d",
+                static_cast<long long>(n), static_cast<long long>(blocksize), dtype);
+  if (!kernels()) return FUSELORA_BAD_ISA;
+  kernels()->quantize_4bit({data, absmax, w, bounds, order, n, blocksize, dtype, threads});
   return FUSELORA_OK;
 }
 

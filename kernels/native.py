@@ -100,6 +100,24 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             c_int32,  # threads
         ),
     ),
+    "fuselora_dequantize_4bit": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p, c_void_p, c_void_p),  # out, data, absmax, code
+            *(c_void_p, c_void_p, c_void_p),  # absmax2, code2, offset
+            *(c_int64, c_int64, c_int64),  # n, blocksize, blocksize2
+            *(c_int32, c_int32),  # dtype, threads
+        ),
+    ),
+    "fuselora_quantize_4bit": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p, c_void_p),  # data, absmax, w
+            *(c_void_p, c_void_p),  # bounds, order
+            *(c_int64, c_int64),  # n, blocksize
+            *(c_int32, c_int32),  # dtype, threads
+        ),
+    ),
     "fuselora_philox": (None, (POINTER(c_uint32), POINTER(c_uint32), POINTER(c_uint32))),  # out, counter, key
 }
 

@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
-from .registry import Cost, Sample, define
+from . import checks, native
+from .registry import Cost, Sample, define, implement
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
@@ -88,6 +88,12 @@ def dynamic_code(device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), device=device)
 
 
+def code_bounds(code: Tensor) -> tuple[Tensor, Tensor]:
+    """The middles between neighbouring codes, fp32 [15], and the codes' nibbles in ascending order, uint8 [16]."""
+    ordered, order = code.sort(stable=True)
+    return (ordered[:-1] + ordered[1:]) / 2, order.to(torch.uint8)
+
+
 def blocks_of(numel: int, blocksize: int) -> int:
     return -(-numel // blocksize)
 
@@ -132,12 +138,10 @@ def _reference_quantize(w: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor
     if whole < blocks:  # bitsandbytes divides in a last block that is not full
         absmax[whole:].clamp_(min=1e-38)
         scaled[whole:] = padded[whole:] / absmax[whole:].unsqueeze(1)
-    ordered, order = code.sort(stable=True)
-    nearest = torch.bucketize(scaled.clamp(-1, 1).view(-1)[:n], (ordered[:-1] + ordered[1:]) / 2)
-    nibbles = torch.zeros(n + n % 2, dtype=torch.uint8, device=w.device)
-    if n % 2:
-        nibbles[-1] = order[torch.bucketize(torch.zeros(1, device=w.device), (ordered[:-1] + ordered[1:]) / 2)]
-    nibbles[:n] = order[nearest].to(torch.uint8)
+    bounds, order = code_bounds(code)
+    values = torch.zeros(n + n % 2, device=w.device)  # the nibble behind an odd end is the code of 0
+    values[:n] = scaled.clamp(-1, 1).view(-1)[:n]
+    nibbles = order[torch.bucketize(values, bounds)]
     return (nibbles[::2] << 4) | nibbles[1::2], absmax
 
 
@@ -249,6 +253,40 @@ QUANTIZE_4BIT = define(
     samples=_quantize_samples,
     cost=_cost_quantize,
 )
+
+
+def _cpu(
+    data: Tensor, absmax: Tensor, code: Tensor, absmax2: Tensor | None, code2: Tensor | None, offset: Tensor | None,
+    blocksize: int, blocksize2: int, rows: int, cols: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    out = torch.empty(rows, cols, dtype=dtype)
+    native.call(
+        "fuselora_dequantize_4bit",
+        *map(native.pointer, (out, data, absmax, code, absmax2, code2, offset)),
+        *(rows * cols, blocksize, blocksize2, native.DTYPE[dtype], torch.get_num_threads()),
+    )
+    return out
+
+
+def _cpu_supports(data: Tensor, *rest: object) -> str | None:
+    dtype = rest[-1]
+    return native.reason() if dtype in native.DTYPE else f"native CPU ops compute fp32, bf16 and fp16, not {dtype}"
+
+
+def _cpu_quantize(w: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    w = w.contiguous()
+    data, absmax = _fake_quantize(w, code, blocksize)
+    bounds, order = code_bounds(code)
+    native.call(
+        "fuselora_quantize_4bit",
+        *map(native.pointer, (data, absmax, w, bounds, order)),
+        *(w.numel(), blocksize, native.DTYPE[w.dtype], torch.get_num_threads()),
+    )
+    return data, absmax
+
+
+implement(DEQUANTIZE_4BIT, "cpu", _cpu, _cpu_supports)
+implement(QUANTIZE_4BIT, "cpu", _cpu_quantize, lambda w, *_: native.unsupported(w))
 QUANTIZE_ABSMAX = define(
     "quantize_absmax(Tensor absmax, Tensor code2, int blocksize2) -> (Tensor codes, Tensor absmax2, Tensor offset)",
     reference=_reference_absmax,

@@ -115,6 +115,30 @@ struct CrossEntropy {
   int32_t threads;
 };
 
+constexpr int64_t kMaxBlocksize = 4096;
+
+struct Dequantize4bit {
+  void* out;
+  const uint8_t* data;
+  const void* absmax;  // fp32, or bytes with absmax2
+  const float* code;
+  const float* absmax2;
+  const float* code2;
+  const float* offset;
+  int64_t n, blocksize, blocksize2;
+  int32_t dtype, threads;
+};
+
+struct Quantize4bit {
+  uint8_t* data;
+  float* absmax;
+  const void* w;
+  const float* bounds;   // [15] middles between neighbouring codes, ascending
+  const uint8_t* order;  // [16] nibbles of the codes in ascending order
+  int64_t n, blocksize;
+  int32_t dtype, threads;
+};
+
 #define FUSELORA_DECLARE(isa)              \
   namespace isa {                          \
   void rms_norm(const RmsNorm& a);         \
@@ -124,6 +148,8 @@ struct CrossEntropy {
   void glu_bwd(const GluBwd& a);           \
   void rope(const Rope& a);                \
   void cross_entropy(const CrossEntropy& a); \
+  void dequantize_4bit(const Dequantize4bit& a); \
+  void quantize_4bit(const Quantize4bit& a); \
   void philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]); \
   }
 

@@ -82,6 +82,19 @@ FUSELORA_API int32_t fuselora_cross_entropy(float* loss, float* lse, float* entr
                                             int32_t dtype, int64_t ignore_index, double softcap, double label_smoothing,
                                             double logit_scale, double z_loss, int32_t threads);
 
+/* A 4-bit weight of n elements to dtype; layout and formulas in kernels/nf4.py. data: [(n + 1) / 2]; code: [16]; absmax:
+ * fp32 [blocks], or with absmax2 bytes [blocks], absmax2 [(blocks + blocksize2 - 1) / blocksize2], code2 [256], offset [1].
+ * blocksize: a power of two, 32 to 4096. */
+FUSELORA_API int32_t fuselora_dequantize_4bit(void* out, const uint8_t* data, const void* absmax, const float* code,
+                                              const float* absmax2, const float* code2, const float* offset, int64_t n,
+                                              int64_t blocksize, int64_t blocksize2, int32_t dtype, int32_t threads);
+
+/* The other way: w [n] of dtype to data and fp32 absmax. bounds: the middles between neighbouring codes, ascending;
+ * order: the nibbles of the codes, ascending in value. */
+FUSELORA_API int32_t fuselora_quantize_4bit(uint8_t* data, float* absmax, const void* w, const float bounds[15],
+                                            const uint8_t order[16], int64_t n, int64_t blocksize, int32_t dtype,
+                                            int32_t threads);
+
 /* One Philox-4x32-10 block, for known-answer tests: out = philox(counter, key). */
 FUSELORA_API void fuselora_philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]);
 
