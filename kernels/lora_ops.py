@@ -26,8 +26,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import lora_costs
 from . import lora_samples as samples
-from .registry import Cost, define
+from .gpu.launch import lazy, refusal
+from .registry import define, implement
 
 
 def columns(ranks: Sequence[int]) -> list[slice]:
@@ -212,42 +214,6 @@ def _grad_x(
     return dx
 
 
-def _nbytes(*groups: Tensor | None | Sequence[Tensor | None]) -> int:
-    tensors = [t for group in groups for t in ([group] if group is None or isinstance(group, Tensor) else group)]
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-def _cost_shrink(x: Tensor, a: Sequence[Tensor], *_: object) -> Cost:
-    rank = sum(t.shape[0] for t in a)
-    return Cost(_nbytes(x, a) + x.shape[0] * rank * x.element_size(), 2 * x.numel() * rank)
-
-
-def _cost_project(x: Tensor, weights: Sequence[Tensor], biases, s: Tensor, b: Sequence[Tensor], *_: object) -> Cost:
-    m, k = x.shape
-    outs = m * sum(w.shape[0] for w in weights)
-    return Cost(
-        _nbytes(x, weights, biases, s, b) + outs * x.element_size(), 2 * k * outs + 2 * m * sum(t.numel() for t in b)
-    )
-
-
-def _cost_grad_s_b(dys: Sequence[Tensor], s: Tensor, b: Sequence[Tensor], scalings, owners, splits, need_db) -> Cost:
-    trained = [t for t, need in zip(b, need_db, strict=True) if need]
-    used = [dys[i] for i in sorted(set(owners))]
-    flops = 2 * s.shape[0] * sum(t.numel() for t in (*b, *trained))
-    return Cost(_nbytes(used, s, b, s, trained), flops)
-
-
-def _cost_grad_a(ds: Tensor, x: Tensor, a: Sequence[Tensor], seeds, ps, need_da) -> Cost:
-    trained = [t for t, need in zip(a, need_da, strict=True) if need]
-    return Cost(_nbytes(ds, x, trained), 2 * x.shape[0] * sum(t.numel() for t in trained))
-
-
-def _cost_grad_x(dys: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor | None, a: Sequence[Tensor], *_) -> Cost:
-    dx = _fake_grad_x(dys, weights, ds, a)
-    flops = 2 * dx.shape[0] * (sum(w.numel() for w in weights) + sum(t.numel() for t in a))
-    return Cost(_nbytes(dys, weights, ds, a, dx), flops)
-
-
 def _fake_shrink(x: Tensor, a: Sequence[Tensor], *_: object) -> Tensor:
     return x.new_empty(x.shape[0], sum(t.shape[0] for t in a))
 
@@ -279,7 +245,7 @@ LORA_SHRINK = define(
     fake=_fake_shrink,
     samples=samples.small(samples.shrink),
     workloads=samples.real(samples.shrink),
-    cost=_cost_shrink,
+    cost=lora_costs.shrink,
     long_reduction=True,
 )
 LORA_PROJECT = define(
@@ -289,7 +255,7 @@ LORA_PROJECT = define(
     fake=_fake_project,
     samples=samples.small(samples.project),
     workloads=samples.real(samples.project),
-    cost=_cost_project,
+    cost=lora_costs.project,
     long_reduction=True,
 )
 LORA_GRAD_S_B = define(
@@ -299,7 +265,7 @@ LORA_GRAD_S_B = define(
     fake=_fake_grad_s_b,
     samples=samples.small(samples.grad_s_b),
     workloads=samples.real(samples.grad_s_b),
-    cost=_cost_grad_s_b,
+    cost=lora_costs.grad_s_b,
     long_reduction=True,
 )
 LORA_GRAD_A = define(
@@ -308,7 +274,7 @@ LORA_GRAD_A = define(
     fake=_fake_grad_a,
     samples=samples.small(samples.grad_a),
     workloads=samples.real(samples.grad_a),
-    cost=_cost_grad_a,
+    cost=lora_costs.grad_a,
     long_reduction=True,
 )
 LORA_GRAD_X = define(
@@ -318,6 +284,67 @@ LORA_GRAD_X = define(
     fake=_fake_grad_x,
     samples=samples.small_grad_x,
     workloads=samples.real(samples.grad_x),
-    cost=_cost_grad_x,
+    cost=lora_costs.grad_x,
     long_reduction=True,
 )
+
+
+def _skinny_refusal(x: Tensor, adapters: Sequence[Tensor], rank: int) -> str | None:
+    """Why the skinny kernels cannot take these adapters. At rank R they do R operations per byte of X, twice that for
+    split adapters; an H200 does 180 in the time of a byte."""
+    if reason := refusal(x, *adapters, dot=True):
+        return reason
+    if len(adapters) > 8:
+        return f"{len(adapters)} adapters share the input, one launch takes 8"
+    if len({t.dtype for t in adapters}) > 1:
+        return "the adapters have different dtypes"
+    return "at ranks over 256 arithmetic bounds the product, and cuBLAS is as good" if rank > 256 else None
+
+
+def _shrink_supports(x: Tensor, a: Sequence[Tensor], seeds, ps: Sequence[float], splits) -> str | None:
+    ranks = [t.shape[0] for t in a]
+    return _skinny_refusal(x, a, max(ranks) if any(ps) else sum(ranks))
+
+
+def _grad_a_supports(ds: Tensor, x: Tensor, a: Sequence[Tensor], seeds, ps: Sequence[float], need_da) -> str | None:
+    ranks = [t.shape[0] for t, need in zip(a, need_da, strict=True) if need] or [0]
+    return _mixed(ds, x) or _skinny_refusal(x, a, max(ranks) if any(ps) else sum(ranks))
+
+
+def _grad_s_b_supports(
+    dys: Sequence[Tensor], s: Tensor, b: Sequence[Tensor], scalings, owners: Sequence[int], splits, need_db
+) -> str | None:
+    ranks = [sum(t.shape[1] for t, owner in zip(b, owners, strict=True) if owner == i) for i in set(owners)]
+    if reason := _mixed(*dys, s) or _skinny_refusal(s, b, max(ranks)) or refusal(*dys, dot=True):
+        return reason
+    if len(ranks) > 4:
+        return f"{len(ranks)} projections share the input, one launch takes 4"
+    if max(ranks) > 32:
+        return "at ranks over 32 partial sums of dS and dB cost as much as a second pass over dY: torch.mm is as good"
+    return None
+
+
+implement(LORA_SHRINK, "triton", lazy("lora_skinny", "shrink"), _shrink_supports)
+implement(LORA_GRAD_S_B, "triton", lazy("lora_grad_s_b", "grad_s_b"), _grad_s_b_supports)
+implement(LORA_GRAD_A, "triton", lazy("lora_skinny", "grad_a"), _grad_a_supports)
+
+
+def _project_supports(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], s: Tensor, b: Sequence[Tensor], *_: object
+) -> str | None:
+    return refusal(x, *weights, *biases, s, *b, dot=True) or _mixed(x, *weights, s)
+
+
+def _grad_x_supports(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor | None, a: Sequence[Tensor], *_: object
+) -> str | None:
+    gemms = [*dys, *weights, *([] if ds is None else [ds])]
+    return refusal(*gemms, *a, dot=True) or _mixed(*gemms)
+
+
+def _mixed(*tensors: Tensor) -> str | None:
+    return "inputs and weights have different dtypes" if len({t.dtype for t in tensors}) > 1 else None
+
+
+implement(LORA_PROJECT, "triton", lazy("lora_matmul", "project"), _project_supports)
+implement(LORA_GRAD_X, "triton", lazy("lora_matmul", "grad_x"), _grad_x_supports)
