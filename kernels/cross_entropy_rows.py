@@ -12,7 +12,7 @@ gradient overwrites the logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -127,6 +127,30 @@ def process_rows(
     # top - z_y is exact for a confident row, lse - z_y is not
     loss = (top - picked) - peak.log() + terms.label_smoothing * (picked - mean) + terms.z_loss * lse.square()
     return Rows(*(torch.where(valid, value, 0) for value in (loss, lse)), torch.where(valid, entropy, 0))
+
+
+def over_tokens(process: Callable[..., Rows]) -> Callable[..., None]:
+    """``process_rows`` or ``native_rows`` in the form of ``triton_rows``, which indexes tokens itself."""
+
+    def run(
+        x: Tensor, labels: Tensor, terms: Terms, *, out: Out, tokens: Tensor | None = None,
+        upstream: Tensor | None = None, dentropy: Tensor | None = None, dx: Tensor | None = None,
+        weighted: bool = False,
+    ) -> None:  # fmt: skip
+        at = slice(None) if tokens is None else tokens
+        if dx is not None and upstream is None:
+            factor: Tensor | None = torch.ones(x.shape[0], dtype=accumulator(x.dtype), device=x.device)
+        else:
+            factor = None if upstream is None else upstream[at]
+        turn = None if dentropy is None else dentropy[at]
+        need_entropy = out.entropy is not None
+        part = process(x, labels[at], terms, upstream=factor, dentropy=turn, dx=dx, need_entropy=need_entropy)
+        loss = part.loss * factor.to(part.loss.dtype) if weighted and factor is not None else part.loss
+        for whole, piece in zip(out, (loss, part.lse, part.entropy), strict=True):
+            if whole is not None:
+                whole[at] = piece
+
+    return run
 
 
 def _transform(x: Tensor, terms: Terms, *, out: Tensor) -> None:

@@ -47,10 +47,10 @@ class _Reduced(torch.autograd.Function):
     """sum_i w_i loss_i / divisor, with its gradients at once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, token_weights, divisor, terms, chunk_tokens):
+    def forward(ctx, hidden, weight, bias, labels, token_weights, divisor, terms, *options):
         with no_autocast(hidden):
             loss, *grads = torch.ops.fuselora.linear_cross_entropy(
-                hidden, weight, bias, labels, token_weights, *terms, chunk_tokens, *ctx.needs_input_grad[:3]
+                hidden, weight, bias, labels, token_weights, *terms, *options, *ctx.needs_input_grad[:3]
             )
         ctx.save_for_backward(*grads, divisor)
         return mean_loss(loss, divisor)
@@ -60,20 +60,20 @@ class _Reduced(torch.autograd.Function):
         *grads, divisor = ctx.saved_tensors
         factor = dloss / divisor
         needed = (g * factor if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False))
-        return *needed, None, None, None, None, None
+        return *needed, None, None, None, None, None, None
 
 
 class _Rows(torch.autograd.Function):
     """Per-token losses and entropies (empty unless needed)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, terms, chunk_tokens, need_entropy):
+    def forward(ctx, hidden, weight, bias, labels, terms, chunk_tokens, max_valid, need_entropy):
         with no_autocast(hidden):
             loss, lse, entropy = torch.ops.fuselora.linear_cross_entropy_rows(
-                hidden, weight, bias, labels, *terms, chunk_tokens, need_entropy
+                hidden, weight, bias, labels, *terms, chunk_tokens, max_valid, need_entropy
             )
         ctx.save_for_backward(hidden, weight, bias, labels, lse)
-        ctx.options = (*terms, chunk_tokens)
+        ctx.options = (*terms, chunk_tokens, max_valid)
         ctx.need_entropy = need_entropy
         return loss, entropy
 
@@ -85,7 +85,7 @@ class _Rows(torch.autograd.Function):
             grads = torch.ops.fuselora.linear_cross_entropy_rows_bwd(
                 dloss, dentropy if ctx.need_entropy else None, hidden, weight, bias, labels, lse, *ctx.options, *needs
             )
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None
 
 
 def _operands(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor):
@@ -107,6 +107,11 @@ def _operands(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labe
     return hidden.reshape(labels.numel(), weight.shape[1]), weight, bias
 
 
+def _check_bound(op: str, max_valid: int | None) -> None:
+    if max_valid is not None and max_valid < 0:
+        raise checks.fail(op, "max_valid", "None or a count of labels", max_valid, "leave it out if you don't know it")
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -122,6 +127,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
     chunk_tokens: int | None = None,
+    max_valid: int | None = None,
 ) -> Tensor:
     """Cross-entropy of ``hidden @ weight.T + bias`` against labels of the same positions (shifted by the caller).
 
@@ -134,12 +140,16 @@ def linear_cross_entropy(
         reduction: "mean" over the tokens that are not ignored, "sum", or "none", which costs one GEMM more.
         num_items: with "mean", divide by this instead (an int or a 0-d tensor; 0 counts as 1).
         chunk_tokens: tokens whose logits exist at a time; by default a function of the shapes.
+        max_valid: an upper bound of the labels that are not ignored, where the caller knows one. On a GPU only that
+            many tokens are computed; without it all are, because counting them would stop the host. If more are valid
+            the call fails: with ValueError on CPU, with a device-side assertion elsewhere.
 
     Returns:
         The loss in fp32 (fp64 for fp64): 0-d, or [...] for "none". Without a valid token it and its gradients are 0.
 
     Raises:
-        ValueError: a label out of range (on CPU; a device-side assertion elsewhere), a wrong shape, dtype or option.
+        ValueError: a label out of range or more than max_valid of them (on CPU; a device-side assertion elsewhere), a
+            wrong shape, dtype or option.
     """
     op = "linear_cross_entropy"
     terms = Terms(ignore_index, softcap, label_smoothing, logit_scale, z_loss)
@@ -149,16 +159,17 @@ def linear_cross_entropy(
         raise checks.fail(op, "num_items", "None unless reduction is 'mean'", num_items, "divide the result yourself")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise checks.fail(op, "chunk_tokens", "None or at least 1", chunk_tokens, "leave it out for the default")
+    _check_bound(op, max_valid)
     hidden, weight, bias = _operands(op, hidden, weight, bias, labels)
     flat, acc = labels.reshape(-1), accumulator(hidden.dtype)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     weights_trained = token_weights is not None and token_weights.requires_grad
     if reduction == "none" or weights_trained or not differentiable:
-        rows, _ = _Rows.apply(hidden, weight, bias, flat, terms, chunk_tokens or 0, False)
+        rows, _ = _Rows.apply(hidden, weight, bias, flat, terms, chunk_tokens or 0, max_valid, False)
         return reduce_loss(rows.view(labels.shape), labels, ignore_index, token_weights, reduction, num_items)
     weights = None if token_weights is None else token_weights.reshape(-1)
     divisor = token_count(labels, ignore_index, 1 if reduction == "sum" else num_items, acc)
-    return _Reduced.apply(hidden, weight, bias, flat, weights, divisor, terms, chunk_tokens or 0)
+    return _Reduced.apply(hidden, weight, bias, flat, weights, divisor, terms, chunk_tokens or 0, max_valid)
 
 
 def linear_log_probs(
@@ -171,6 +182,7 @@ def linear_log_probs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    max_valid: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each label under softmax(hidden @ weight.T + bias), for preference objectives.
 
@@ -186,15 +198,16 @@ def linear_log_probs(
     op = "linear_log_probs"
     terms = Terms(ignore_index, softcap, 0.0, logit_scale, 0.0)
     check_loss_arguments(op, hidden.shape[:-1], labels, terms, None, "none")
+    _check_bound(op, max_valid)
     hidden, weight, bias = _operands(op, hidden, weight, bias, labels)
-    loss, entropy = _Rows.apply(hidden, weight, bias, labels.reshape(-1), terms, 0, return_entropy)
+    loss, entropy = _Rows.apply(hidden, weight, bias, labels.reshape(-1), terms, 0, max_valid, return_entropy)
     log_probs = -loss.view(labels.shape)
     return (log_probs, entropy.view(labels.shape)) if return_entropy else log_probs
 
 
 def eager_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, chunk_tokens: int | None = None,
-    **kwargs,
+    max_valid: int | None = None, **kwargs,
 ) -> Tensor:  # fmt: skip
     """Stock PyTorch: all logits, then the loss on them in fp32."""
     return eager_cross_entropy(F.linear(hidden, weight, bias), labels, **kwargs)
@@ -203,6 +216,7 @@ def eager_linear_cross_entropy(
 def eager_linear_log_probs(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, softcap: float = 0.0,
     logit_scale: float = 1.0, ignore_index: int = -100, return_entropy: bool = False,
+    max_valid: int | None = None,
 ):  # fmt: skip
     logits = F.linear(hidden, weight, bias)
     z = logits.to(accumulator(logits.dtype)) * logit_scale
@@ -247,6 +261,11 @@ def _function_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Samp
     yield sample("trained-weights", token_weights=torch.rand(7, dtype=dtype, device=device, requires_grad=True))
     yield sample("odd-sizes", shape=(3, 7), width=80, vocab=257)
     yield sample("ignored-in-one-chunk", shape=(9,), ignored=0, chunk_tokens=3)
+    for reduction in REDUCTIONS:
+        options = {"reduction": reduction, "chunk_tokens": 5, "max_valid": 11}
+        one = sample(f"max-valid-{reduction}", shape=(20,), ignored=0.2, trained=True, **options)
+        one.args[2][4:13] = -100
+        yield one
     one = sample("bias-only", bias=vector(33, True))
     one.args[0].requires_grad_(False)
     one.args[2][3:6] = -100

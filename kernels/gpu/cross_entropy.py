@@ -103,29 +103,21 @@ def _slope(z, part, top, per_exp, uniform, turn, surprise, per_cap, SMOOTH: tl.c
 
 
 @triton.jit
-def _row(
-    row, x_ptr, dx_ptr, labels_ptr, tokens_ptr, upstream_ptr, dentropy_ptr, loss_ptr, lse_ptr, entropy_ptr,
-    x_stride, dx_stride, vocab, ignore_index, cap, per_cap, smoothing, scale, z_loss,
-    WIDTH: tl.constexpr, VECTORS: tl.constexpr, RAGGED: tl.constexpr,
-    CAPPED: tl.constexpr, SMOOTH: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SURPRISE: tl.constexpr,
+def _block_sums(
+    x_row, read, scale, cap, per_cap,
+    WIDTH: tl.constexpr, VECTORS: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr,
+    SURPRISE: tl.constexpr,
 ):  # fmt: skip
-    x_row = x_ptr + row * x_stride * WIDTH
-    token = row if tokens_ptr is None else tl.load(tokens_ptr + row)
-    label = tl.load(labels_ptr + token)
-    valid = label != ignore_index
-    picked = _logit(tl.load(x_row + label, mask=valid, other=0.0), scale, cap, per_cap, SCALED, CAPPED, True)
-    vectors = vocab // WIDTH
-    read = tl.where(valid, vectors, 0)
-    lane = tl.arange(0, WIDTH)[None, :]
-
+    """For each vector of a block, over the first ``read`` vectors of the row: the maximum m, sum e, sum e d and sum z,
+    where d = z - m and e = exp(d)."""
     m = tl.full([VECTORS], LOWEST, tl.float32)
     s = tl.zeros([VECTORS], tl.float32)
-    below = tl.zeros([VECTORS], tl.float32)  # sum e d, for the entropy
+    below = tl.zeros([VECTORS], tl.float32)
     total_z = tl.zeros([VECTORS], tl.float32)
     for start in range(0, read, VECTORS):
         vector = (start + tl.arange(0, VECTORS))[:, None]
         inside = vector < read
-        x = tl.load(x_row + vector * WIDTH + lane, mask=inside, other=-float("inf"))
+        x = tl.load(x_row + vector * WIDTH + tl.arange(0, WIDTH)[None, :], mask=inside, other=-float("inf"))
         z = _logit(x, scale, cap, per_cap, SCALED, CAPPED, True)
         if SCALED or CAPPED:
             z = tl.where(inside, z, -float("inf"))
@@ -139,28 +131,86 @@ def _row(
         if SMOOTH:
             total_z += tl.sum(tl.where(inside, z, 0.0), 1)
         m = higher
+    return m, s, below, total_z
 
+
+@triton.jit
+def _sums(
+    x_row, read, rest_z, rest, scale, cap, per_cap,
+    WIDTH: tl.constexpr, VECTORS: tl.constexpr, RAGGED: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+    SMOOTH: tl.constexpr, SURPRISE: tl.constexpr,
+):  # fmt: skip
+    """(maximum, sum e, -sum e d, sum z) of the row, ``rest_z`` where ``rest`` included."""
+    m, s, below, total_z = _block_sums(
+        x_row, read, scale, cap, per_cap, WIDTH, VECTORS, SCALED, CAPPED, SMOOTH, SURPRISE
+    )
     top = tl.max(m, 0)
     if RAGGED:
-        column = vectors * WIDTH + tl.arange(0, WIDTH)
-        rest = valid & (column < vocab)
-        rest_z = _logit(tl.load(x_row + column, mask=rest, other=0.0), scale, cap, per_cap, SCALED, CAPPED, True)
         top = tl.maximum(top, tl.max(tl.where(rest, rest_z, LOWEST), 0))
     shrink = _exp(m - top)
     total = tl.sum(s * shrink, 0)
     surprise = 0.0
-    mean = 0.0
+    sum_z = 0.0
     if SURPRISE:
         surprise = -tl.sum((below + s * (m - top)) * shrink, 0)
     if SMOOTH:
-        mean = tl.sum(total_z, 0)
+        sum_z = tl.sum(total_z, 0)
     if RAGGED:
-        rest_e = tl.where(rest, _exp(rest_z - top), 0.0)
-        total += tl.sum(rest_e, 0)
+        e = tl.where(rest, _exp(rest_z - top), 0.0)
+        total += tl.sum(e, 0)
         if SURPRISE:
-            surprise += tl.sum(tl.where(rest_e > 0, rest_e * (top - rest_z), 0.0), 0)
+            surprise += tl.sum(tl.where(e > 0, e * (top - rest_z), 0.0), 0)
         if SMOOTH:
-            mean += tl.sum(tl.where(rest, rest_z, 0.0), 0)
+            sum_z += tl.sum(tl.where(rest, rest_z, 0.0), 0)
+    return top, total, surprise, sum_z
+
+
+@triton.jit
+def _write_gradient(
+    dx_row, x_row, read, vectors, vocab, rest_z, top, per_exp, uniform, turn, surprise, scale, cap, per_cap,
+    WIDTH: tl.constexpr, VECTORS: tl.constexpr, RAGGED: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+    SMOOTH: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """The second pass. An ignored row comes with read, top and all factors 0, and so gets zeros."""
+    dtype = dx_row.dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32  # a 16-bit gradient rounds coarser than the short tanh
+    for start in range(0, vectors, VECTORS):
+        vector = (start + tl.arange(0, VECTORS))[:, None]
+        column = vector * WIDTH + tl.arange(0, WIDTH)[None, :]
+        x = tl.load(x_row + column, mask=vector < read, other=0.0)
+        z = _logit(x, scale, cap, per_cap, SCALED, CAPPED, EXACT)
+        g = _slope(z, 0.0, top, per_exp, uniform, turn, surprise, per_cap, SMOOTH, TURNED, CAPPED)
+        tl.store(dx_row + column, g.to(dtype), mask=vector < vectors)
+    if RAGGED:
+        column = vectors * WIDTH + tl.arange(0, WIDTH)
+        g = _slope(rest_z, 0.0, top, per_exp, uniform, turn, surprise, per_cap, SMOOTH, TURNED, CAPPED)
+        tl.store(dx_row + column, g.to(dtype), mask=column < vocab)
+
+
+@triton.jit
+def _row(
+    row, x_ptr, dx_ptr, labels_ptr, tokens_ptr, upstream_ptr, dentropy_ptr, loss_ptr, lse_ptr, entropy_ptr,
+    x_stride, dx_stride, vocab, ignore_index, cap, per_cap, smoothing, scale, z_loss,
+    WIDTH: tl.constexpr, VECTORS: tl.constexpr, RAGGED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr,
+    SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SURPRISE: tl.constexpr,
+):  # fmt: skip
+    x_row = x_ptr + row * x_stride * WIDTH
+    token = row if tokens_ptr is None else tl.load(tokens_ptr + row)
+    label = tl.load(labels_ptr + token)
+    valid = label != ignore_index
+    # All threads read the label's logit and the rest before any of them writes a gradient over it.
+    picked = _logit(tl.load(x_row + label, mask=valid, other=0.0), scale, cap, per_cap, SCALED, CAPPED, True)
+    vectors = vocab // WIDTH
+    read = tl.where(valid, vectors, 0)
+    rest = False
+    rest_z = 0.0
+    if RAGGED:
+        column = vectors * WIDTH + tl.arange(0, WIDTH)
+        rest = valid & (column < vocab)
+        rest_z = _logit(tl.load(x_row + column, mask=rest, other=0.0), scale, cap, per_cap, SCALED, CAPPED, True)
+    top, total, surprise, sum_z = _sums(
+        x_row, read, rest_z, rest, scale, cap, per_cap, WIDTH, VECTORS, RAGGED, SCALED, CAPPED, SMOOTH, SURPRISE
+    )
     top = tl.where(total == 0, -float("inf"), top)  # nothing but -inf: NaN below, as stock
     top = tl.where(valid, top, 0.0)
     total = tl.where(valid, total, 1.0)
@@ -169,10 +219,8 @@ def _row(
     lse = top + log_sum
     loss = (top - picked) + log_sum + z_loss * lse * lse  # top - picked is exact for a confident row
     if SMOOTH:
-        loss += smoothing * (picked - mean / vocab)
-    upstream = 1.0
-    if upstream_ptr is not None:
-        upstream = tl.load(upstream_ptr + token).to(tl.float32)
+        loss += smoothing * (picked - sum_z / vocab)
+    upstream = 1.0 if upstream_ptr is None else tl.load(upstream_ptr + token).to(tl.float32)
     if WEIGHTED:
         loss *= upstream
     if loss_ptr is not None:
@@ -181,26 +229,19 @@ def _row(
         tl.store(lse_ptr + token, tl.where(valid, lse, 0.0))
     if entropy_ptr is not None:
         tl.store(entropy_ptr + token, tl.where(valid, surprise + log_sum, 0.0))
-
     if dx_ptr is not None:
-        EXACT: tl.constexpr = dx_ptr.dtype.element_ty == tl.float32  # a 16-bit gradient rounds coarser than _tanh
-        TURNED: tl.constexpr = dentropy_ptr is not None
         dx_row = dx_ptr + row * dx_stride * WIDTH
         factor = tl.where(valid, upstream * scale, 0.0)
         per_exp = tl.where(valid, factor * (1.0 + 2.0 * z_loss * lse) / total, 0.0)
         uniform = factor * (smoothing / vocab)
         turn = 0.0
+        TURNED: tl.constexpr = dentropy_ptr is not None
         if TURNED:
             turn = tl.where(valid, tl.load(dentropy_ptr + token).to(tl.float32) * scale / total, 0.0)
-        for start in range(0, vectors, VECTORS):
-            vector = (start + tl.arange(0, VECTORS))[:, None]
-            x = tl.load(x_row + vector * WIDTH + lane, mask=vector < read, other=0.0)
-            z = _logit(x, scale, cap, per_cap, SCALED, CAPPED, EXACT)
-            g = _slope(z, 0.0, top, per_exp, uniform, turn, surprise, per_cap, SMOOTH, TURNED, CAPPED)
-            tl.store(dx_row + vector * WIDTH + lane, g.to(dx_ptr.dtype.element_ty), mask=vector < vectors)
-        if RAGGED:
-            g = _slope(rest_z, 0.0, top, per_exp, uniform, turn, surprise, per_cap, SMOOTH, TURNED, CAPPED)
-            tl.store(dx_row + column, g.to(dx_ptr.dtype.element_ty), mask=column < vocab)
+        _write_gradient(
+            dx_row, x_row, read, vectors, vocab, rest_z, top, per_exp, uniform, turn, surprise, scale, cap, per_cap,
+            WIDTH, VECTORS, RAGGED, SCALED, CAPPED, SMOOTH, TURNED,
+        )  # fmt: skip
         part = factor * (1.0 - smoothing)
         g = _slope(picked, part, top, per_exp, uniform, turn, surprise, per_cap, SMOOTH, TURNED, CAPPED)
         tl.debug_barrier()

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.support.launches import counting
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fuselora.functional import linear_cross_entropy, linear_log_probs
-from fuselora.kernels import chunked_head, cross_entropy_rows
+from fuselora.kernels import chunked_head, cross_entropy_rows, head_chunks
 from fuselora.kernels.cross_entropy_rows import TERMS, random_labels
 from fuselora.kernels.linear_cross_entropy import eager_linear_cross_entropy
 from fuselora.kernels.registry import FUNCTIONS, OPS
@@ -75,27 +76,73 @@ def test_ignored_rows_may_hold_anything():
             assert torch.isfinite(grad).all()
 
 
-def valid_first(labels, ignore_index):
-    return (labels == ignore_index).to(torch.uint8).argsort(stable=True)
+def uncounted(monkeypatch):
+    """The path of devices where counting the valid tokens would cost a synchronisation."""
+    right = head_chunks.computed_tokens
+    monkeypatch.setattr(head_chunks, "computed_tokens", lambda *args: right(*args[:-1], False))
 
 
+@pytest.mark.parametrize("slack", [None, 0, 3, N])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_the_order_used_where_rows_cannot_be_dropped_gives_the_same(monkeypatch, reduction):
-    def run():
+def test_where_tokens_cannot_be_counted_the_result_is_the_same(monkeypatch, reduction, slack):
+    def run(slack):
+        torch.manual_seed(3)
         hidden, weight, labels = problem(torch.float64, trained=True)
         with torch.no_grad():
             hidden[labels == -100] = 1e300  # logits overflow to infinity: must not leak
-        loss = linear_cross_entropy(
-            hidden, weight, labels, reduction=reduction, chunk_tokens=7, **TERMS["all"]._asdict()
-        )
+        bound = None if slack is None else int((labels != -100).sum()) + slack
+        options = {"reduction": reduction, "chunk_tokens": 7, "max_valid": bound} | TERMS["all"]._asdict()
+        loss = linear_cross_entropy(hidden, weight, labels, **options)
         return loss, *torch.autograd.grad(loss.sum(), (hidden, weight))
 
-    torch.manual_seed(3)
-    dropped = run()
-    monkeypatch.setattr(chunked_head, "valid_rows", valid_first)
-    torch.manual_seed(3)
-    for a, b in zip(dropped, run(), strict=True):
+    dropped = run(None)
+    uncounted(monkeypatch)
+    for a, b in zip(dropped, run(slack), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("max_valid", "computed"), [(None, N), (150, 152), (N - 3, N), (N + 9, N)])
+def test_as_many_tokens_are_computed_as_may_be_valid(monkeypatch, max_valid, computed):
+    uncounted(monkeypatch)
+    hidden, weight, labels = problem()
+    with Shapes() as seen:
+        linear_cross_entropy(hidden, weight, labels, max_valid=max_valid).backward()
+    assert seen.mm_rows == [computed, computed]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_bound_that_is_too_small_is_refused(monkeypatch, counted, reduction):
+    hidden, weight, labels = problem()
+    valid = int((labels != -100).sum())
+    if not counted:
+        uncounted(monkeypatch)
+    linear_cross_entropy(hidden, weight, labels, max_valid=valid, reduction=reduction)
+    message = f"max_valid: expected at most {valid - 1} labels that are not -100, got {valid}; "
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(hidden, weight, labels, max_valid=valid - 1, reduction=reduction)
+    with pytest.raises(ValueError, match=message):
+        linear_log_probs(hidden, weight, labels, max_valid=valid - 1)
+
+
+@pytest.mark.parametrize("max_valid", [None, 1000])
+def test_launches_of_a_chunk(max_valid):
+    """GEMM, row pass, GEMM; as the Triton implementation launches them, on the meta device."""
+
+    def events(tokens):
+        hidden, weight = (torch.empty(n, 64, device="meta").bfloat16() for n in (tokens, 1 << 17))
+        labels = torch.empty(tokens, dtype=torch.int64, device="meta")
+        bound = None if max_valid is None else max_valid * tokens // 2048
+        with counting() as counter:
+            linear_cross_entropy(hidden.requires_grad_(), weight, labels, max_valid=bound)
+        return [event.name for event in counter.events]
+
+    once, twice = events(2048), events(4096)
+    chunks = 4 if max_valid is None else 2  # of 512 tokens
+    assert len(twice) - len(once) == 3 * chunks
+    assert (
+        once.count("cross_entropy_rows_kernel") == chunks and sum(name.startswith("mm") for name in once) == 2 * chunks
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -131,7 +178,7 @@ def test_reductions_save_the_gradient_of_hidden_and_nothing_else():
 def test_without_gradients_no_gradient_is_computed(monkeypatch):
     hidden, weight, labels = problem()
     expected = linear_cross_entropy(hidden, weight, labels).detach()
-    monkeypatch.setattr(chunked_head._Gradients, "add", lambda *args: pytest.fail("computed a gradient"))
+    monkeypatch.setattr(head_chunks.Gradients, "add", lambda *args: pytest.fail("computed a gradient"))
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(hidden, weight, labels), expected)
     assert torch.equal(linear_cross_entropy(hidden.detach(), weight, labels), expected)
@@ -220,11 +267,11 @@ def test_compiles_without_graph_breaks(options):
 
 
 def test_chunk_size_is_a_function_of_shapes():
-    assert chunked_head.chunk_size(32_000, torch.bfloat16, CPU) == 256
-    assert chunked_head.chunk_size(32_000, torch.float32, CPU) == 128
-    assert chunked_head.chunk_size(256_000, torch.bfloat16, CPU) == 128
-    assert chunked_head.chunk_size(32_000, torch.bfloat16, torch.device("cuda")) == 1024
-    assert chunked_head.chunk_size(152_064, torch.bfloat16, torch.device("cuda")) == 512
+    assert head_chunks.chunk_size(32_000, torch.bfloat16, CPU) == 256
+    assert head_chunks.chunk_size(32_000, torch.float32, CPU) == 128
+    assert head_chunks.chunk_size(256_000, torch.bfloat16, CPU) == 128
+    assert head_chunks.chunk_size(32_000, torch.bfloat16, torch.device("cuda")) == 1024
+    assert head_chunks.chunk_size(152_064, torch.bfloat16, torch.device("cuda")) == 512
 
 
 def scale_forgotten(monkeypatch):
@@ -232,22 +279,27 @@ def scale_forgotten(monkeypatch):
 
 
 def gradient_misplaced(monkeypatch):
-    right = chunked_head._Gradients.add
-    monkeypatch.setattr(chunked_head._Gradients, "add", lambda self, rows, h, dx: right(self, rows.flip(0), h, dx))
+    right = head_chunks.Gradients.result
+
+    def result(self):
+        dh, *rest = right(self)
+        return dh.flip(0), *rest
+
+    monkeypatch.setattr(head_chunks.Gradients, "result", result)
 
 
 def last_chunk_only(monkeypatch):
-    def add(self, rows, h, dx):
+    def add(self, part, dx):
         self.dw.zero_()
-        right(self, rows, h, dx)
+        right(self, part, dx)
 
-    right = chunked_head._Gradients.add
-    monkeypatch.setattr(chunked_head._Gradients, "add", add)
+    right = head_chunks.Gradients.add
+    monkeypatch.setattr(head_chunks.Gradients, "add", add)
 
 
 def bias_forgotten(monkeypatch):
-    right = chunked_head._chunks
-    monkeypatch.setattr(chunked_head, "_chunks", lambda h, w, b, *rest: right(h, w, None, *rest))
+    right = head_chunks.Tokens.chunks
+    monkeypatch.setattr(head_chunks.Tokens, "chunks", lambda self, w, b, n: right(self, w, None, n))
 
 
 def weights_not_in_the_gradient(monkeypatch):
@@ -291,6 +343,7 @@ LABELS = torch.zeros(2, dtype=torch.int64)
         ({"bias": torch.zeros(4)}, r"linear_cross_entropy: bias.shape\[0\]: expected 9"),
         ({"reduction": "sum", "num_items": 3}, "linear_cross_entropy: num_items: expected None unless"),
         ({"chunk_tokens": 0}, "linear_cross_entropy: chunk_tokens"),
+        ({"max_valid": -1}, "linear_cross_entropy: max_valid: expected None or a count"),
     ],
 )
 @pytest.mark.parametrize("differentiable", [False, True])
