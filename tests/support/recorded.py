@@ -38,7 +38,7 @@ class Recorded:
     @property
     def budget(self) -> aot.Budget | None:
         """The kernel's own, None if its module names none."""
-        return sys.modules[self.launch.kernel.fn.__module__].BUDGETS.get(self.kernel)
+        return getattr(sys.modules[self.launch.kernel.fn.__module__], "BUDGETS", {}).get(self.kernel)
 
 
 def triton_ops() -> list[str]:
