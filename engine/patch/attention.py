@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fuselora.engine.patch.state import read_projections
+from fuselora.engine.patch.state import read_block
 from fuselora.engine.patch.swap import Fused, decline
 from fuselora.kernels.lora_linear import lora_linears
 from fuselora.kernels.rope import rope
@@ -30,7 +30,7 @@ class FusedAttention(Fused):
         return self.q_proj, self.k_proj, self.v_proj
 
     def fuse_state(self: Any, x: Tensor | None = None) -> str | None:
-        projections = read_projections(x, *self.fuse_linears())
+        projections = read_block(x, *self.fuse_linears())
         return projections if isinstance(projections, str) else None
 
     def fuse_heads(self: Any, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class FusedAttention(Fused):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        projections = read_projections(hidden_states, *self.fuse_linears())
+        projections = read_block(hidden_states, *self.fuse_linears())
         if isinstance(projections, str) or position_embeddings is None:
             decline(self, projections if isinstance(projections, str) else "no position_embeddings were given")
             return super().forward(
@@ -64,7 +64,11 @@ class FusedAttention(Fused):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        q, k, v = self.fuse_split(lora_linears(hidden_states, projections))
+        if projections is None:
+            outputs = tuple(linear(hidden_states) for linear in self.fuse_linears())
+        else:
+            outputs = lora_linears(hidden_states, projections)
+        q, k, v = self.fuse_split(outputs)
         q, k = rope(q, k, *position_embeddings)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past_key_values is not None:

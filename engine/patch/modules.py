@@ -12,6 +12,7 @@ from fuselora.engine.patch.state import (
     bypass_reason,
     dtype_reason,
     read_adapter,
+    read_block,
     read_dora,
     read_projections,
     state_reason,
@@ -20,6 +21,7 @@ from fuselora.engine.patch.state import (
 )
 from fuselora.engine.patch.swap import Fused, decline, is_fused
 from fuselora.kernels.dora_linear import dora_linear
+from fuselora.kernels.glu import glu, glu_packed
 from fuselora.kernels.layer_norm import layer_norm
 from fuselora.kernels.lora_linear import lora_delta, lora_linear
 from fuselora.kernels.lora_mlp import lora_mlp, lora_mlp_packed
@@ -166,7 +168,7 @@ class FusedGatedMLP(Fused):
         return self.act_fn
 
     def fuse_state(self: Any, x: Tensor | None = None) -> str | None:
-        projections = read_projections(x, *self.fuse_linears())
+        projections = read_block(x, *self.fuse_linears())
         if isinstance(projections, str):
             return projections
         return (
@@ -176,11 +178,14 @@ class FusedGatedMLP(Fused):
         )
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        projections = read_projections(x, *self.fuse_linears())
+        projections = read_block(x, *self.fuse_linears())
         act = activation_name(self.fuse_activation())
         if isinstance(projections, str) or act is None or args or kwargs:
             decline(self, projections if isinstance(projections, str) else "extra arguments or an unknown activation")
             return super().forward(x, *args, **kwargs)
+        if projections is None:
+            *inputs, down = self.fuse_linears()
+            return down((glu if len(inputs) == 2 else glu_packed)(*(linear(x) for linear in inputs), act))
         return (lora_mlp if len(projections) == 3 else lora_mlp_packed)(x, *projections, act)
 
 

@@ -15,7 +15,7 @@ from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from fuselora.engine.patch.swap import stock_class
+from fuselora.engine.patch.swap import is_fused, stock_class
 from fuselora.kernels.lora import LoRA, Projection
 
 PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -190,3 +190,16 @@ def read_projections(x: Tensor | None, *modules: nn.Module) -> list[Projection] 
             return reason
         projections.append(proj)
     return projections
+
+
+def read_block(x: Tensor | None, *modules: nn.Module) -> list[Projection] | None | str:
+    """``read_projections``, or None if the block calls its linears as modules: DoRA is among them, and each of them
+    runs fused by itself.
+    """
+    projections = read_projections(x, *modules)
+    if isinstance(projections, list):
+        return projections
+    linears: list[Any] = [m for m in modules if stock_class(m) is not nn.Linear]
+    if not all(stock_class(m) is peft_lora.Linear and is_fused(m) and m.fuse_state() is None for m in linears):
+        return projections
+    return None if any(uses_dora(m) for m in linears) else projections

@@ -103,7 +103,7 @@ def test_lora_target_that_matches_nothing(arguments, capsys, tmp_path):
 
 
 def test_strict_names_what_is_not_fused(arguments, capsys, tmp_path):
-    refused(capsys, arguments(fuse=True, fuse_strict=True, use_dora=True), "strict", "fused", "self_attn")
+    refused(capsys, arguments(fuse=True, fuse_strict=True, lora_target="q_proj,lm_head"), "strict", "fused", "head")
     assert not (tmp_path / "out").exists()
 
 

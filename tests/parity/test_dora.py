@@ -8,11 +8,10 @@ import pytest
 import torch
 from tests.parity.test_dropout import P, check_with_injected_masks
 from tests.support.models import batch, lora_model
-from tests.support.parity import assert_close_to_truth, run, run_truth
+from tests.support.parity import assert_all_fused, assert_close_to_truth, run, run_truth
 from torch import nn
 
 import fuselora
-from fuselora.engine.patch import PatchReport
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -20,13 +19,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 def dora_model(family: str, dtype: torch.dtype, **lora: object) -> nn.Module:
     """Adapters are filled after the magnitudes are drawn from the base, so that these differ from the norms."""
     return lora_model(family, dtype, lora={"use_dora": True, **lora})
-
-
-def assert_layers_fused(report: PatchReport) -> None:
-    """Every linear is, and no call ran stock but those of the blocks around them."""
-    rows = [row for row in report.rows if row.kind == "lora_linear"]
-    assert rows and all(row.status == "fused" and not row.calls_declined for row in rows), report
-    assert all(row.kind in ("attention", "mlp") and row.status == "partial" for row in report.unfused()), report
 
 
 @DTYPES
@@ -38,19 +30,19 @@ def test_parity(family: str, cast: bool, dtype: torch.dtype) -> None:
     ours = fuselora.patch_model(copy.deepcopy(stock))
     inputs = [batch(seed=seed, pad="right") for seed in range(4)]
     assert_close_to_truth(run(ours, inputs), run_truth(stock, inputs), run(stock, inputs), dtype)
-    assert_layers_fused(fuselora.patch_report(ours))
+    assert_all_fused(ours)
 
 
 @DTYPES
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_parity_with_the_same_dropout_masks(family: str, dtype: torch.dtype) -> None:
     ours = check_with_injected_masks(dora_model(family, dtype, lora_dropout=P), dtype)
-    assert_layers_fused(fuselora.patch_report(ours))
+    assert_all_fused(ours)
 
 
 def test_trained_biases() -> None:
     ours = check_with_injected_masks(dora_model("qwen2", torch.float32, bias="all", lora_dropout=P), torch.float32)
-    assert_layers_fused(fuselora.patch_report(ours))
+    assert_all_fused(ours)
 
 
 @pytest.mark.parametrize("dropout", [0.0, P])

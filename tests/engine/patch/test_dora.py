@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +15,33 @@ from tests.support.twins import SMALL, Twins, add_adapter, small_twins, twins_of
 import fuselora
 
 
-def test_dora_layers_are_fused_and_their_blocks_are_not() -> None:
-    twins = twins_of(add_lora(base_model("llama", torch.float64, **SMALL), use_dora=True))
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_dora_model_is_fused(family: str) -> None:
+    """The blocks call their projections one by one and keep RoPE and the GLU."""
+    twins = twins_of(add_lora(base_model(family, torch.float64, **SMALL), use_dora=True), strict=True)
     result = twins.check()
     assert any("lora_magnitude_vector" in name and g.any() for name, g in result.grads.items())
-    assert {row.status for row in twins.rows(kind="lora_linear")} == {"fused"}
-    assert twins.reasons() == {"adapter 'default' uses the variant DoraLinearVariant"}
-    declined = {row.kind: (row.status, row.calls_declined) for row in twins.rows() if row.reason}
-    assert declined == {"attention": ("partial", 1), "mlp": ("partial", 1)}
-    with pytest.raises(ValueError, match="strict=True: .*DoraLinearVariant"):
-        fuselora.patch_model(copy.deepcopy(twins.stock), strict=True)
+    assert not twins.reasons() and not any(row.calls_declined for row in twins.rows())
+
+
+def test_dora_on_some_projections() -> None:
+    """Beside plain linears, and beside plain LoRA of another adapter."""
+    twins = twins_of(
+        add_lora(base_model("qwen2", torch.float64, **SMALL), use_dora=True, target_modules=["q_proj", "up_proj"]),
+        strict=True,
+    )
+    twins.check()
+    twins.both(add_adapter("other", target_modules=["k_proj", "gate_proj"]))
+    fuselora.patch_model(twins.ours)
+    twins.both(lambda m: m.base_model.set_adapter(["default", "other"]))
+    twins.check()
+    assert not any(row.calls_declined for row in twins.rows())
+
+
+def test_a_block_around_stock_dora_runs_stock() -> None:
+    twins = twins_of(add_lora(base_model("llama", torch.float64, **SMALL), use_dora=True), disable=["lora_linear"])
+    twins.check()
+    assert {row.kind for row in twins.rows() if row.calls_declined} == {"attention", "mlp"}
 
 
 def test_dora_beside_plain_lora() -> None:

@@ -209,14 +209,15 @@ def test_bad_arguments_get_one_sentence() -> None:
 
 
 def test_strict_raises_and_leaves_the_model_as_it_was() -> None:
-    model = add_lora(base_model("llama"), use_dora=True)
+    on_head = {"target_modules": ["q_proj", "lm_head"]}  # a head with an adapter computes logits
+    model = add_lora(base_model("llama"), **on_head)
     before = classes(model)
     with pytest.raises(
         ValueError, match=r"strict=True: expected every module fused, got \d+ that are not, first "
     ) as info:
         fuselora.patch_model(model, strict=True)
     assert "\n" not in str(info.value) and classes(model) == before
-    half = fuselora.patch_model(add_lora(base_model("llama"), use_dora=True), disable=["mlp", "norm", "layer"])
+    half = fuselora.patch_model(add_lora(base_model("llama"), **on_head), disable=["mlp", "norm", "layer"])
     before = classes(half)
     with pytest.raises(ValueError, match="strict=True"):
         fuselora.patch_model(half, strict=True)
