@@ -30,6 +30,15 @@ MAX_REGISTERS = (
 
 
 @triton.jit
+def rows_at(tensor, stride, first, source, H: tl.constexpr):
+    """Pointers to rows first + source; without a stride the rows are contiguous, and aligned as far as H allows."""
+    if stride is None:
+        return tensor + first * H + source * H
+    else:
+        return tensor + first * stride + source * stride
+
+
+@triton.jit
 def load(pointers, cols, H: tl.constexpr, PADDED: tl.constexpr):
     """fp32 values at ``pointers + cols``, 0 beyond column H."""
     if PADDED:
@@ -100,9 +109,9 @@ def norm_forward(
     exists = row < M - first
     lane = tl.broadcast_to(tl.arange(0, PART)[None, :], [ROWS, PART])
 
-    values = load_parts(x + first * x_stride + source * x_stride, lane, H, PART, PARTS)
+    values = load_parts(rows_at(x, x_stride, first, source, H), lane, H, PART, PARTS)
     if residual is not None:
-        added = load_parts(residual + first * residual_stride + source * residual_stride, lane, H, PART, PARTS)
+        added = load_parts(rows_at(residual, residual_stride, first, source, H), lane, H, PART, PARTS)
         sums = ()
         for i in tl.static_range(PARTS):
             sums += ((values[i] + added[i]).to(dtype).to(tl.float32),)
@@ -145,9 +154,11 @@ def norm_forward_wide(
     squares = 0.0
     for i in range(PARTS):
         cols = i * PART + tl.arange(0, PART)
-        value = load(x + row * x_stride, cols, H, PADDED)
+        value = load(rows_at(x, x_stride, row, 0, H), cols, H, PADDED)
         if residual is not None:
-            value = (value + load(residual + row * residual_stride, cols, H, PADDED)).to(dtype).to(tl.float32)
+            value = (
+                (value + load(rows_at(residual, residual_stride, row, 0, H), cols, H, PADDED)).to(dtype).to(tl.float32)
+            )
             tl.store(h + row * H + cols, value.to(dtype), mask=cols < H)
         if mean is not None:
             count = tl.sum(tl.where(cols < H, 1.0, 0.0))
@@ -166,20 +177,21 @@ def norm_forward_wide(
         if residual is not None:
             value = load(h + row * H, cols, H, PADDED)
         else:
-            value = load(x + row * x_stride, cols, H, PADDED)
+            value = load(rows_at(x, x_stride, row, 0, H), cols, H, PADDED)
         xhat = (value - average) * inverse
         result = scale_and_shift(xhat, weight, bias, cols, dtype, H, PADDED, PLUS_ONE, ROUND)
         tl.store(y + row * H + cols, result.to(y.dtype.element_ty), mask=cols < H)
 
 
-def with_row_stride(tensor: Tensor) -> tuple[Tensor, int]:
-    """``tensor`` [..., H] as rows at one stride, and that stride; a copy only where its layout has no such stride."""
-    if tensor.shape[-1] != 1 and tensor.stride(-1) != 1:
-        return tensor.contiguous(), tensor.shape[-1]
+def with_row_stride(tensor: Tensor) -> tuple[Tensor, int | None]:
+    """``tensor`` [..., H] as rows at one stride, and that stride, None for contiguous rows; a copy only where there is
+    no such stride."""
     outer = [(size, step) for size, step in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size != 1]
-    if any(a_step != b_size * b_step for (_, a_step), (b_size, b_step) in zip(outer, outer[1:], strict=False)):
-        return tensor.contiguous(), tensor.shape[-1]
-    return tensor, outer[-1][1] if outer else tensor.shape[-1]
+    even = all(a_step == b_size * b_step for (_, a_step), (b_size, b_step) in zip(outer, outer[1:], strict=False))
+    if not even or (tensor.shape[-1] != 1 and tensor.stride(-1) != 1):
+        return tensor.contiguous(), None
+    stride = outer[-1][1] if outer else tensor.shape[-1]
+    return tensor, None if stride == tensor.shape[-1] else stride
 
 
 def vector(tensor: Tensor | None) -> Tensor | None:
@@ -193,7 +205,7 @@ def _forward(
     rows, cols = rstd.numel(), x.shape[-1]
     tiling = plan(rows, cols)
     x, x_stride = with_row_stride(x)
-    residual, residual_stride = (None, 0) if residual is None else with_row_stride(residual)
+    residual, residual_stride = (None, None) if residual is None else with_row_stride(residual)
     launch(
         norm_forward_wide if tiling.wide else norm_forward,
         (tiling.programs,),

@@ -6,7 +6,7 @@
 
 Bytes per element: dy, h, dx once (and dh). Asked for dw or db, each program adds up its rows' share in fp32 and writes
 it as one row of partial sums [programs, H], which ``norm_reduce`` adds up: two launches, no atomics, the same bits.
-In rows of more than 16384 columns the sums do not fit in registers and stay in the program's row of partial sums.
+In rows of more than 10240 columns the sums do not fit in registers and stay in the program's row of partial sums.
 Numerics: fp32, one rounding at the end; ``ROUND`` (mode "llama") rounds xhat in dw to h's dtype as forward did.
 """
 
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from .aot import Budget
 from .launch import launch, sm_count
-from .norm import load, load_parts, store, tile_rows, times_weight, vector, with_row_stride
+from .norm import MAX_REGISTERS, load, load_parts, rows_at, store, tile_rows, times_weight, vector, with_row_stride
 from .norm_plan import plan
 
 REDUCE_ROWS, REDUCE_COLS = 64, 32
+MAX_REGISTERS_TRAINED = 255  # 256 threads; the sums of 40 elements are another 40 registers, with a bias 80
 
 
 @triton.jit
@@ -56,8 +57,8 @@ def norm_backward(
         first = tl.cast(tile, tl.int64) * ROWS
         row, source = tile_rows(first, M, ROWS)
         exists = row < M - first
-        gradients = load_parts(dy + first * dy_stride + source * dy_stride, lane, H, PART, PARTS)
-        values = load_parts(h + first * h_stride + source * h_stride, lane, H, PART, PARTS)
+        gradients = load_parts(rows_at(dy, dy_stride, first, source, H), lane, H, PART, PARTS)
+        values = load_parts(rows_at(h, h_stride, first, source, H), lane, H, PART, PARTS)
         inverse = tl.load(rstd + first + source)
         average = 0.0
         if mean is not None:
@@ -92,10 +93,10 @@ def norm_backward(
         if mean is not None:
             shift = tl.sum(totals, axis=1, keep_dims=True) * (1.0 / H)
         for i in tl.static_range(PARTS):
-            result = (scaled[i] - xhats[i] * slope - shift) * inverse
             cols = i * PART + lane
+            result = (scaled[i] - xhats[i] * slope - shift) * inverse
             if dh is not None:
-                result += load(dh + first * dh_stride + source * dh_stride, cols, H, (i + 1) * PART > H)
+                result += load(rows_at(dh, dh_stride, first, source, H), cols, H, (i + 1) * PART > H)
             store(dx + first * H + row * H, cols, result, exists, H, (i + 1) * PART > H)
     if dw is not None:
         store_sums(dw, dw_sums, H, PART, PARTS)
@@ -127,8 +128,8 @@ def norm_backward_wide(
         totals = tl.zeros([PART], tl.float32)
         for i in range(PARTS):
             cols = i * PART + tl.arange(0, PART)
-            gradient = load(dy + row * dy_stride, cols, H, PADDED)
-            xhat = (load(h + row * h_stride, cols, H, PADDED) - average) * inverse
+            gradient = load(rows_at(dy, dy_stride, row, 0, H), cols, H, PADDED)
+            xhat = (load(rows_at(h, h_stride, row, 0, H), cols, H, PADDED) - average) * inverse
             if weight is not None:
                 gradient = times_weight(gradient, weight, cols, H, PADDED, PLUS_ONE)
             products += gradient * xhat
@@ -139,8 +140,8 @@ def norm_backward_wide(
             shift = tl.sum(totals) * (1.0 / H)
         for i in range(PARTS):
             cols = i * PART + tl.arange(0, PART)
-            gradient = load(dy + row * dy_stride, cols, H, PADDED)
-            xhat = (load(h + row * h_stride, cols, H, PADDED) - average) * inverse
+            gradient = load(rows_at(dy, dy_stride, row, 0, H), cols, H, PADDED)
+            xhat = (load(rows_at(h, h_stride, row, 0, H), cols, H, PADDED) - average) * inverse
             if db is not None:
                 add_to_partial(db + partial + cols, gradient, index == program, cols < H)
             if dw is not None:
@@ -150,7 +151,7 @@ def norm_backward_wide(
                 gradient = times_weight(gradient, weight, cols, H, PADDED, PLUS_ONE)
             result = (gradient - xhat * slope - shift) * inverse
             if dh is not None:
-                result += load(dh + row * dh_stride, cols, H, PADDED)
+                result += load(rows_at(dh, dh_stride, row, 0, H), cols, H, PADDED)
             tl.store(dx + row * H + cols, result.to(dx.dtype.element_ty), mask=cols < H)
 
 
@@ -188,13 +189,13 @@ def _backward(
     )
     dy, dy_stride = with_row_stride(dy)
     h, h_stride = with_row_stride(h)
-    dh, dh_stride = (None, 0) if dh is None else with_row_stride(dh)
+    dh, dh_stride = (None, None) if dh is None else with_row_stride(dh)
     statistics = (None if mean is None else mean.contiguous(), rstd.contiguous())
     launch(
         norm_backward_wide if tiling.wide else norm_backward,
         (tiling.programs,),
         *(dy, dy_stride, dh, dh_stride, h, h_stride, vector(weight), *statistics, dx, dw_partials, db_partials, rows),
-        options={"num_warps": tiling.warps},
+        options={"num_warps": tiling.warps, "maxnreg": MAX_REGISTERS_TRAINED if trained else MAX_REGISTERS},
         H=cols,
         PART=tiling.part,
         PARTS=tiling.parts,
