@@ -51,9 +51,9 @@ def pack_kernel(
     used = c < (2 * rank if SPLIT else rank)
     if pid < tiles:
         rows = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = rows[:, None] < M
+        inside = (rows[:, None] < M) & (c[None, :] < width)
         value = tl.load(s + rows[:, None] * stride_s + column[None, :], mask=inside & used[None, :], other=0.0)
-        tl.store(x + rows[:, None] * stride_x + K + c[None, :], value, mask=inside & (c[None, :] < width))
+        tl.store(x + rows[:, None] * stride_x + K + c[None, :], value, mask=inside)
     else:
         rows = (pid - tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         full = _block(tl.zeros((BLOCK, WIDTH), tl.float32), rows, column, b0, n0, r0, stride_b0, scaling0)

@@ -39,7 +39,7 @@ def expand_config(dtype: torch.dtype, narrow: bool = False) -> Config:
     return Config(32, 64, 16, 8, 4, 1) if dtype == torch.float32 else Config(64, 64 if narrow else 128, 16, 8, 4, 1)
 
 
-def _unit(*tensors: Tensor) -> int:
+def unit(*tensors: Tensor) -> int:
     """The UNIT of these matrices, at most 8; 1 where all are multiples of 16, which Triton sees by itself."""
     common = math.gcd(16, *[number for t in tensors for number in (t.shape[1], t.stride(0))])
     return 1 if common == 16 else common
@@ -130,8 +130,8 @@ def launch_project(x: Tensor | None, slots: Sequence[Slot], config: Config, accu
         BIAS=any(bias is not None for bias in biases),
         ACCUMULATE=accumulate,
         EVEN_K=k % config.block_k == 0,
-        UNIT=_unit(*[slot.y for slot in slots], *([] if x is None else [x]), *weights),
-        UNIT_R=_unit(*[t for part in parts if part is not None for t in (part.low, part.wide)]),
+        UNIT=unit(*[slot.y for slot in slots], *([] if x is None else [x]), *weights),
+        UNIT_R=unit(*[t for part in parts if part is not None for t in (part.low, part.wide)]),
         BLOCK_R=BLOCK_R,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -179,8 +179,8 @@ def launch_grad_x(
         EVEN_N=all(n % config.block_k == 0 for n in widths),
         EVEN_K=k % config.block_n == 0,
         QUADS=k % 4 == 0,
-        UNIT=_unit(dx, *dys, *weights, *[part.wide for part in parts]),
-        UNIT_R=_unit(*[part.low for part in parts]),
+        UNIT=unit(dx, *dys, *weights, *[part.wide for part in parts]),
+        UNIT_R=unit(*[part.low for part in parts]),
         BLOCK_R=BLOCK_R,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
