@@ -29,6 +29,7 @@ from fuselora.engine import checkpoint, metrics, optim
 from fuselora.engine.chat import IGNORE, Example, collate, epoch_order, micro_batches
 from fuselora.engine.config import Config
 from fuselora.engine.errors import UserError, expected
+from fuselora.engine.patch.loss import trained_tokens
 from fuselora.engine.step_graph import StepGraphs, refusal
 
 
@@ -150,7 +151,8 @@ class Trainer:
 
     def _loss(self, examples: Sequence[Example], tokens: int) -> torch.Tensor:
         batch = {name: tensor.to(self.device) for name, tensor in collate(examples, self.pad_id).items()}
-        return self.model(**batch, num_items_in_batch=tokens).loss
+        with trained_tokens(sum(example.trained for example in examples)):
+            return self.model(**batch, num_items_in_batch=tokens).loss
 
     def _examples(self, step: int) -> list[Example]:
         epoch, position = divmod(step, self.steps_per_epoch)

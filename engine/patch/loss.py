@@ -4,13 +4,17 @@ When labels are given, the LM head returns ``LazyLogits``: a tensor in shape, dt
 and head instead of logits. What the model does between head and loss (logit scaling, soft-capping) is recorded on it,
 not computed. The causal-LM loss then runs on hidden states directly (``linear_cross_entropy``); ``outputs.logits``
 stays the promise, and the first real operation on it computes stock's logits, with gradient.
+
+How many tokens are trained is known where the labels are made, but on a GPU the loss cannot ask without stopping the
+host. ``trained_tokens`` hands the number over, past the signatures of the models in between.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,7 +31,22 @@ from fuselora.kernels.linear_cross_entropy import linear_cross_entropy
 
 _LABELS_GIVEN: ContextVar[bool] = ContextVar("fuselora_labels_given", default=False)
 
+_TRAINED_TOKENS: ContextVar[int | None] = ContextVar("fuselora_trained_tokens", default=None)
+
 STOCK_LOSS = PreTrainedModel.loss_function.fget  # the getter as a plain function, which torch.compile can trace
+
+
+@contextlib.contextmanager
+def trained_tokens(count: int) -> Iterator[None]:
+    """Losses computed inside have at most ``count`` trained tokens each, so that a GPU leaves out the others' logits.
+
+    Too small a count never gives a wrong loss: the call fails (see ``linear_cross_entropy``).
+    """
+    token = _TRAINED_TOKENS.set(count)
+    try:
+        yield
+    finally:
+        _TRAINED_TOKENS.reset(token)
 
 
 class FusedHead(Fused):
@@ -116,6 +135,9 @@ def _causal_lm_loss(
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    max_valid = _TRAINED_TOKENS.get()
+    if max_valid is None and shift_labels.device.type == "cpu" != logits.device.type:
+        max_valid = int((shift_labels != ignore_index).sum())
     shift_labels = shift_labels.to(logits.device).reshape(logits.shape[:-1])
     options = scale_and_softcap(logits) if isinstance(logits, LazyLogits) and logits.value is None else None
     if options is None:
@@ -135,4 +157,5 @@ def _causal_lm_loss(
         softcap=softcap,
         logit_scale=scale,
         num_items=num_items_in_batch,
+        max_valid=max_valid,
     )
