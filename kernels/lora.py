@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from .lora_ops import cast, columns, doubled, scaled_b, stacked
+from .nf4 import Quantized4bit
 
 
 class LoRA(NamedTuple):
@@ -51,13 +52,13 @@ class LoRA(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A linear layer: weight [N, K], bias [N] or None, and its active adapters: one, None, or several in a tuple.
+    """A linear layer: weight [N, K], dense or 4-bit, bias [N] or None, and its active adapters: one, None or a tuple.
 
     Gradients come in the same record, each in its tensor's place and None where not needed; so do the flags that say
     which are needed.
     """
 
-    weight: Tensor
+    weight: Tensor | Quantized4bit
     bias: Tensor | None = None
     lora: LoRA | tuple[LoRA, ...] | None = None
 
@@ -101,9 +102,40 @@ def shrink(x: Tensor, projections: Sequence[Projection]) -> Tensor | None:
     return torch.ops.fuselora.lora_shrink(x, a, seeds, [lora.p for lora in loras], [lora.split for lora in loras])
 
 
-def project(x: Tensor, projections: Sequence[Projection], s: Tensor | None) -> list[Tensor]:
-    """Y_i [M, N_i] from X [M, K] and S."""
-    weights = [cast(p.weight, x.dtype) for p in projections]
+def recomputing() -> bool:
+    """Whether a backward pass runs now. A forward inside one is that of re-entrant activation checkpointing: its own
+    backward follows at once, so what both need may be kept in between."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def saving_is_free() -> bool:
+    """Whether what is saved for backward now is dropped and computed again (the other kind of checkpointing)."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__qualname__.startswith(("_checkpoint_hook", "_recomputation_hook"))
+
+
+def kept_weights(projections: Sequence[Projection], weights: Sequence[Tensor]) -> list[Tensor]:
+    """The dense weights that a forward should save, because its backward follows at once or saving costs nothing."""
+    quantized = any(isinstance(p.weight, Quantized4bit) for p in projections)
+    return list(weights) if quantized and (saving_is_free() or recomputing()) else []
+
+
+def dense_weights(projections: Sequence[Projection], dtype: torch.dtype) -> list[Tensor]:
+    """The weights in the compute dtype. 4-bit ones are dequantised here, and again in backward unless they were kept
+    (``kept_weights``): always kept, they would take the memory that quantisation saved."""
+    return [
+        torch.ops.fuselora.dequantize_4bit(*p.weight.operands(), dtype)
+        if isinstance(p.weight, Quantized4bit)
+        else cast(p.weight, dtype)
+        for p in projections
+    ]
+
+
+def project(
+    x: Tensor, projections: Sequence[Projection], s: Tensor | None, weights: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Y_i [M, N_i] from X [M, K] and S; ``weights`` are the ``dense_weights`` if they are there already."""
+    weights = list(weights or dense_weights(projections, x.dtype))
     biases = [_combined_bias(p, x.dtype) for p in projections]
     if s is None:
         return [torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
@@ -176,6 +208,7 @@ def projections_backward(
     s: Tensor | None,
     needs: Sequence[Projection],
     need_dx: bool,
+    weights: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor | None, list[Projection]]:
     """dX [M, K] and the parameter gradients of projections that share X.
 
@@ -184,6 +217,7 @@ def projections_backward(
         x: [M, K], or a function that is given dX and returns X: the GLU's backward rebuilds H in the pass that consumes
             dH, so the down projection's H exists only from there on. Needs ``need_dx``.
         needs: flags in the tensors' places.
+        weights: the ``dense_weights`` of all projections if they are there already.
     """
     nothing: Any = None
     grads = [Projection(nothing, None, (LoRA(nothing, nothing),) * len(adapters(p.lora))) for p in projections]
@@ -194,7 +228,10 @@ def projections_backward(
         s = _live_columns(s, projections, live)
     used = [dy for dy in dys if dy is not None]
     projections, needs = [projections[i] for i in live], [needs[i] for i in live]
-    weights = [cast(p.weight, used[0].dtype) for p in projections] if need_dx else []
+    if need_dx:
+        weights = [weights[i] for i in live] if weights else dense_weights(projections, used[0].dtype)
+    else:
+        weights = []
     dx, x, lora_grads = low_rank_backward(used, weights, x, projections, s, needs, need_dx)
     for i, dy, proj, need in zip(live, used, projections, needs, strict=True):
         loras = adapters(proj.lora)

@@ -20,32 +20,40 @@ from .lora import (
     add_delta,
     bias_grads,
     compute_dtype,
+    dense_weights,
+    kept_weights,
     low_rank_backward,
     no_autocast,
     project,
     projections_backward,
     shrink,
 )
+from .nf4 import Quantized4bit, check_quantized
 from .registry import Sample, function
 
-Static = tuple[tuple[tuple[float, float, bool], ...], ...]
+# Per projection: its weight if that is quantised (frozen, so autograd need not see it), and options per adapter.
+Static = tuple[tuple[Quantized4bit | None, tuple[tuple[float, float, bool], ...]], ...]
 
 
 def flatten(projections: Sequence[Projection]) -> tuple[list[Any], Static]:
-    """(the tensors, gradients or flags as ``Function.apply`` takes them, (scaling, p, split) per adapter)."""
+    """(the tensors, gradients or flags as ``Function.apply`` takes them, what else a projection holds)."""
     values: list[Any] = []
+    static = []
     for weight, bias, lora in projections:
-        values += [weight, bias]
+        quantized = weight if isinstance(weight, Quantized4bit) else None
+        values += [None if quantized else weight, bias]
         for one in adapters(lora):
             values += [one.a, one.b, one.bias, one.seed]
-    return values, tuple(tuple((one.scaling, one.p, one.split) for one in adapters(p.lora)) for p in projections)
+        static.append((quantized, tuple((one.scaling, one.p, one.split) for one in adapters(lora))))
+    return values, tuple(static)
 
 
 def unflatten(values: Sequence[Any], static: Static) -> list[Projection]:
     """Inverse of ``flatten``, for tensors, gradients and flags alike."""
     projections, at = [], 0
-    for options in static:
+    for quantized, options in static:
         weight, bias = values[at : at + 2]
+        weight = quantized if weight is None and quantized else weight
         at += 2
         loras = []
         for scaling, p, split in options:
@@ -88,18 +96,21 @@ class _LoRALinears(torch.autograd.Function):
         with no_autocast(x):
             x2 = rows(x).to(dtype)
             s = shrink(x2, projections)
-            ys = tuple(unrows(y, x) for y in project(x2, projections, s))
-        ctx.save_for_backward(x2, s, *tensors)
-        ctx.static, ctx.shape, ctx.dtype = static, x.shape, x.dtype
+            weights = dense_weights(projections, dtype)
+            ys = tuple(unrows(y, x) for y in project(x2, projections, s, weights))
+        kept = kept_weights(projections, weights)
+        ctx.save_for_backward(x2, s, *kept, *tensors)
+        ctx.static, ctx.shape, ctx.dtype, ctx.kept = static, x.shape, x.dtype, len(kept)
         return ys
 
     @staticmethod
     def backward(ctx, *dys):
-        x2, s, *tensors = ctx.saved_tensors
+        x2, s, *rest = ctx.saved_tensors
+        weights, tensors = rest[: ctx.kept], rest[ctx.kept :]
         projections, needs = unflatten(tensors, ctx.static), unflatten(ctx.needs_input_grad[3:], ctx.static)
         with no_autocast(x2):
             flat = [None if dy is None else rows(dy) for dy in dys]
-            dx, grads = projections_backward(flat, x2, projections, s, needs, ctx.needs_input_grad[0])
+            dx, grads = projections_backward(flat, x2, projections, s, needs, ctx.needs_input_grad[0], weights)
         dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtype)
         return dx, None, None, *flatten(grads)[0]
 
@@ -135,6 +146,8 @@ class _LoRADelta(torch.autograd.Function):
 
 def check_projection(op: str, name: str, x: Tensor, proj: Projection) -> None:
     """Raise ValueError unless shapes, devices and dropout probability fit the input."""
+    if isinstance(proj.weight, Quantized4bit):
+        check_quantized(f"{op}: {name}.weight", proj.weight)
     checks.check_ndim(op, f"{name}.weight", proj.weight, 2)
     checks.check_dim(op, f"{name}.weight", proj.weight, 1, x.shape[-1])
     if proj.bias is not None:
@@ -160,7 +173,7 @@ def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, 
 
     Args:
         x: [..., K], fp32, bf16, fp16 or fp64. Under autocast everything is cast to the autocast dtype.
-        projections: each with weight [N_i, K]; see ``Projection`` and ``LoRA``.
+        projections: each with weight [N_i, K], dense or 4-bit; see ``Projection`` and ``LoRA``.
 
     Returns:
         One [..., N_i] per projection, in the compute dtype.
@@ -176,7 +189,10 @@ def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, 
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, lora: LoRA | tuple[LoRA, ...] | None = None
+    x: Tensor,
+    weight: Tensor | Quantized4bit,
+    bias: Tensor | None = None,
+    lora: LoRA | tuple[LoRA, ...] | None = None,
 ) -> Tensor:
     """One linear with its adapters: x W^T + bias + sum_j scaling_j drop_j(x) A_j^T B_j^T. See ``lora_linears``."""
     return lora_linears(x, [Projection(weight, bias, lora)])[0]
@@ -205,7 +221,10 @@ def lora_delta(y: Tensor, x: Tensor, lora: LoRA | tuple[LoRA, ...]) -> Tensor:
 
 def eager_projection(x: Tensor, proj: Projection) -> Tensor:
     """Stock PEFT: base layer, then result + B(A(dropout(x))) * scaling, in the input's dtype; the mask is explicit."""
-    return eager_lora_delta(torch.nn.functional.linear(x, proj.weight, proj.bias), x, proj.lora)
+    weight = proj.weight
+    if isinstance(weight, Quantized4bit):
+        weight = torch.ops.fuselora.dequantize_4bit(*weight.operands(), x.dtype)
+    return eager_lora_delta(torch.nn.functional.linear(x, weight, proj.bias), x, proj.lora)
 
 
 def eager_lora_delta(y: Tensor, x: Tensor, lora: LoRA | tuple[LoRA, ...] | None) -> Tensor:

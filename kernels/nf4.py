@@ -58,6 +58,13 @@ class Quantized4bit(NamedTuple):
     offset: Tensor | None = None
     blocksize2: int = NESTED_BLOCKSIZE
 
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def dim(self) -> int:
+        return len(self.shape)
+
     def operands(
         self,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int, int, int]:
@@ -268,8 +275,10 @@ def _cpu(
     return out
 
 
-def _cpu_supports(data: Tensor, *rest: object) -> str | None:
+def _cpu_supports(data: Tensor, absmax: Tensor, code: Tensor, *rest: object) -> str | None:
     dtype = rest[-1]
+    if code.dtype != torch.float32:
+        return f"the code is {code.dtype}"
     return native.reason() if dtype in native.DTYPE else f"native CPU ops compute fp32, bf16 and fp16, not {dtype}"
 
 

@@ -1,0 +1,77 @@
+"""LoRA on 4-bit weights: the very bits of LoRA on the dequantised weights, without keeping those."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from fuselora.functional import LoRA, Projection, dequantize_4bit, lora_linear, lora_linears, lora_mlp, quantize_4bit
+from fuselora.testing import saved_bytes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def projection(n, k, dtype, rank=4, bias=False, double=True):
+    w = torch.randn(n, k) * k**-0.5
+    lora = LoRA(*(torch.randn(s).mul(0.1).requires_grad_() for s in ((rank, k), (n, rank))), 2.0)
+    return Projection(quantize_4bit(w.to(dtype), double=double), torch.randn(n).to(dtype) if bias else None, lora)
+
+
+def dense(proj, dtype):
+    return proj._replace(weight=dequantize_4bit(proj.weight, dtype))
+
+
+def results(fn, x, projections):
+    leaves = [x, *(t for p in projections for t in (p.lora.a, p.lora.b))]
+    out = fn()
+    out = out if isinstance(out, tuple) else (out,)
+    upstream = [torch.ones_like(y) / (i + 1) for i, y in enumerate(out)]
+    return [*out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_qkv_and_mlp_equal_the_dequantised_weights(dtype, double):
+    x = torch.randn(2, 5, 40).to(dtype).requires_grad_()
+    qkv = [projection(n, 40, dtype, bias=n == 24, double=double) for n in (40, 24, 24)]
+    mlp = [projection(*size, dtype, double=double) for size in ((56, 40), (56, 40), (40, 56))]
+    for projections, fn in ((qkv, lambda ps: lora_linears(x, ps)), (mlp, lambda ps: lora_mlp(x, *ps))):
+        ours = results(lambda fn=fn, ps=projections: fn(ps), x, projections)
+        exact = results(lambda fn=fn, ps=projections: fn([dense(p, dtype) for p in ps]), x, projections)
+        for a, b in zip(ours, exact, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_dense_weights_are_not_kept():
+    x = torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True)
+    proj = projection(96, 64, torch.bfloat16)
+    kept = saved_bytes(lambda: lora_linear(x, *proj))
+    assert kept < 96 * 64 * 2 / 2  # x, S and the adapters; the dense weight alone would be 12 kB
+
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is torch.ops.fuselora.dequantize_4bit.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_one_dequantisation_serves_recomputation_and_backward(reentrant):
+    x = torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True)
+    proj = projection(96, 64, torch.bfloat16)
+    with Count() as plain:
+        lora_linear(x, *proj).sum().backward()
+    with Count() as checkpointed:
+        checkpoint(lambda t: lora_linear(t, *proj), x, use_reentrant=reentrant).sum().backward()
+    assert plain.calls == 2 and checkpointed.calls == 2
+
+
+def test_a_weight_that_does_not_fit_is_refused_before_it_is_read():
+    proj = projection(96, 64, torch.bfloat16)
+    broken = proj._replace(weight=proj.weight._replace(data=proj.weight.data[:-1]))
+    with pytest.raises(ValueError, match=r"lora_linears: projections\[0\].weight: data: expected 3072 contiguous"):
+        lora_linear(torch.randn(3, 64, dtype=torch.bfloat16), *broken)
