@@ -1,4 +1,4 @@
-"""Attention modules: q, k and v in one function, q/k-norm, RoPE on both in one pass, then the model's attention
+"""Attention modules: q, k and v in one function, q/k-norm and RoPE of both in one pass, then the model's attention
 interface.
 
 The interface (SDPA, FlashAttention, Flex, eager ...), the mask, the cache and everything else in ``kwargs`` are
@@ -14,9 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fuselora.engine.patch.state import read_block
-from fuselora.engine.patch.swap import Fused, decline
+from fuselora.engine.patch.modules import FusedRMSNorm
+from fuselora.engine.patch.state import bypass_reason, read_block
+from fuselora.engine.patch.swap import Fused, decline, is_fused
 from fuselora.kernels.lora_linear import lora_linears
+from fuselora.kernels.qk_norm_rope import qk_norm_rope
 from fuselora.kernels.rope import rope
 
 
@@ -38,9 +40,12 @@ class FusedAttention(Fused):
         return x.view(*x.shape[:-1], -1, self.head_dim)
 
     def fuse_split(self: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """The outputs of ``linears`` as q, k, v [B, S, H, D], normalised where the family does."""
+        """The outputs of ``linears`` as q, k, v [B, S, H, D]."""
         q, k, v = outputs
         return self.fuse_heads(q), self.fuse_heads(k), self.fuse_heads(v)
+
+    def fuse_rotate(self: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return rope(q, k, cos, sin)
 
     def fuse_interface_options(self: Any) -> dict[str, Any]:
         """What the family passes to the attention interface besides scaling and dropout."""
@@ -69,7 +74,7 @@ class FusedAttention(Fused):
         else:
             outputs = lora_linears(hidden_states, projections)
         q, k, v = self.fuse_split(outputs)
-        q, k = rope(q, k, *position_embeddings)
+        q, k = self.fuse_rotate(q, k, *position_embeddings)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
@@ -104,11 +109,25 @@ class FusedWindowAttention(FusedAttention):
 
 
 class FusedHeadNormAttention(FusedWindowAttention):
-    """Qwen3 and Gemma 3: q and k are normalised per head."""
+    """Qwen3 and Gemma 3: q and k are normalised per head, in the pass that rotates them."""
 
-    def fuse_split(self: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = FusedAttention.fuse_split(self, outputs)
-        return self.q_norm(q), self.k_norm(k), v
+    fuse_ops = (*(op for op in FusedAttention.fuse_ops if op != "rope"), "qk_norm_rope", "qk_norm_rope_bwd")
+
+    def fuse_rotate(self: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if not norms_can_join(q_norm, k_norm):
+            return rope(q_norm(q), k_norm(k), cos, sin)
+        eps, mode = q_norm.fuse_epsilon(), q_norm.fuse_mode
+        return qk_norm_rope(q, k, q_norm.weight, k_norm.weight, cos, sin, eps, mode)
+
+
+def norms_can_join(q_norm: Any, k_norm: Any) -> bool:
+    """Whether both norms may be computed from their weights, without a call, and differ in nothing else."""
+    for norm in (q_norm, k_norm):
+        if not is_fused(norm) or not isinstance(norm, FusedRMSNorm) or bypass_reason(norm) or norm.fuse_state():
+            return False
+    ways = ((n.fuse_mode, n.fuse_epsilon(), n.weight.dtype) for n in (q_norm, k_norm))
+    return len(set(ways)) == 1
 
 
 class FusedSoftcapAttention(FusedWindowAttention):
