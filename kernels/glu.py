@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import checks, native
 from .blocks import load, multiply, scratch_blocks
+from .gpu.launch import lazy, refusal
 from .registry import Cost, Sample, define, function, implement
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -128,6 +129,29 @@ def _packed_bwd_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sa
         yield Sample(sample.name, (dh, torch.cat((gate, up), -1), act, need_h))
 
 
+def _workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    """Llama-3-8B, Qwen3-0.6B, Gemma's activation on halves of one tensor, awkward."""
+    for m, width in ((4096, 14336), (4096, 3072)):
+        gate, up = (torch.empty(m, width, dtype=dtype, device=device) for _ in range(2))
+        yield Sample(f"{m}x{width}", (gate, up, "silu"))
+    for m, width in ((4096, 9216), (1021, 1552)):
+        packed = torch.empty(m, 2 * width, dtype=dtype, device=device)
+        yield Sample(f"packed-{m}x{width}", (*packed.chunk(2, -1), "gelu_tanh"))
+
+
+def _bwd_workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for sample in _workloads(dtype, device):
+        gate, up, act = sample.args
+        yield Sample(sample.name, (torch.empty(gate.shape, dtype=dtype, device=device), gate, up, act, True))
+
+
+def _packed_bwd_workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for sample in _workloads(dtype, device):
+        m, width = sample.args[0].shape
+        dh, packed = (torch.empty(m, n * width, dtype=dtype, device=device) for n in (1, 2))
+        yield Sample(sample.name, (dh, packed, sample.args[-1], True))
+
+
 def _cost(gate: Tensor, *_: object) -> Cost:
     return Cost(3 * gate.numel() * gate.element_size(), 5 * gate.numel())
 
@@ -137,13 +161,19 @@ def _cost_bwd(dh: Tensor, *rest: object) -> Cost:
 
 
 GLU = define(
-    "glu(Tensor gate, Tensor up, str act) -> Tensor", reference=_reference, fake=_fake, samples=_op_samples, cost=_cost
+    "glu(Tensor gate, Tensor up, str act) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    samples=_op_samples,
+    workloads=_workloads,
+    cost=_cost,
 )
 GLU_BWD = define(
     "glu_bwd(Tensor dh, Tensor gate, Tensor up, str act, bool need_h) -> (Tensor dgate, Tensor dup, Tensor h)",
     reference=_reference_bwd,
     fake=_fake_bwd,
     samples=_bwd_samples,
+    workloads=_bwd_workloads,
     cost=_cost_bwd,
 )
 GLU_PACKED_BWD = define(
@@ -151,6 +181,7 @@ GLU_PACKED_BWD = define(
     reference=_reference_packed_bwd,
     fake=_fake_packed_bwd,
     samples=_packed_bwd_samples,
+    workloads=_packed_bwd_workloads,
     cost=_cost_bwd,
 )
 
@@ -211,6 +242,14 @@ def _cpu_supports(*args: object) -> str | None:
 implement(GLU, "cpu", _cpu, _cpu_supports)
 implement(GLU_BWD, "cpu", _cpu_bwd, _cpu_supports)
 implement(GLU_PACKED_BWD, "cpu", _cpu_packed_bwd, _cpu_supports)
+
+
+def _triton_supports(*args: object) -> str | None:
+    return refusal(*(x for x in args if isinstance(x, Tensor)))
+
+
+for _op in (GLU, GLU_BWD, GLU_PACKED_BWD):
+    implement(_op, "triton", lazy("glu", _op.name), _triton_supports)
 
 
 def glu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:

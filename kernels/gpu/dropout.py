@@ -39,7 +39,7 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return y
 
 
-# A Philox call: 10 rounds of 2 products of two instructions and 2 three-input xors, less 5 products of zero words in the
-# first rounds: 55, 14 per element. Compare, scale, select and the conversions 5; per thread of 16 elements 2 loads,
+# A Philox call: 10 rounds of 2 products of two instructions and 2 three-input xors, less 5 products of zero words in
+# the first rounds: 55, 14 per element. Compare, scale, select and the conversions 5; per thread of 16 elements 2 loads,
 # 2 stores, 18 key additions, addresses and bounds: 60, 4 per element.
 BUDGETS = {"_dropout": Budget(lambda args: args["BLOCK"], 24)}
