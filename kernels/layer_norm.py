@@ -10,7 +10,7 @@
 
 Shapes: x, y [..., H]; weight, bias [H] or None; mean, rstd [...] in fp32 (fp64 for fp64 inputs).
 Saved for backward: x, mean and rstd; xhat is recomputed. (torch on CPU keeps mean and rstd in bf16 for bf16 inputs.)
-Bytes, n elements of b bytes: forward 2nb, backward 3nb; trained weight and bias each add a GPU's partial sums, 16 bytes
+Bytes, n elements of b bytes: forward 2nb, backward 3nb; trained weight and bias each add a GPU's partial sums, 8 bytes
 per column and multiprocessor.
 Numerics: fp32 inside, y in x's dtype, rounded once; the weight may have another dtype than x. Deterministic.
 Source: Ba, Kiros and Hinton 2016, "Layer Normalization", eq. 4.

@@ -15,7 +15,7 @@
 Shapes: x, residual, y, h [..., H]; weight [H]; rstd [...] in fp32 (fp64 for fp64 inputs).
 Saved for backward: h (x itself without residual) and rstd; xhat is recomputed.
 Bytes, n elements of b bytes: forward 2nb (4nb with residual), backward 3nb (4nb with the residual gradient); a trained
-weight adds a GPU's partial sums, 16 bytes per column and multiprocessor.
+weight adds a GPU's partial sums, 8 bytes per column and multiprocessor.
 Numerics: fp32 inside; y has dtype promote(x, w) in mode "llama", else that of x. Deterministic: no atomics.
 Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4.
 """

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from .aot import Budget
 from .launch import launch, sm_count
-from .norm import MAX_REGISTERS, load, load_parts, rows_at, store, tile_rows, times_weight, vector, with_row_stride
+from .norm import load, load_parts, rows_at, store, tile_rows, times_weight, vector, with_row_stride
 from .norm_plan import plan
 
 REDUCE_ROWS, REDUCE_COLS = 64, 32
+MAX_REGISTERS = 168  # three programs of four warps a multiprocessor; LayerNorm of five parts spills at 128 on sm_100
 MAX_REGISTERS_TRAINED = 255  # 256 threads; the sums of 40 elements are another 40 registers, with a bias 80
 
 
@@ -182,6 +183,7 @@ def _backward(
     rows, cols = rstd.numel(), h.shape[-1]
     trained = dw is not None or db is not None
     tiling = plan(rows, cols, sm_count(h.device) if trained else None)
+    registers = MAX_REGISTERS_TRAINED if trained else MAX_REGISTERS
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     dw_partials, db_partials = (
         None if out is None else torch.empty(tiling.programs, cols, dtype=torch.float32, device=h.device)
@@ -195,7 +197,7 @@ def _backward(
         norm_backward_wide if tiling.wide else norm_backward,
         (tiling.programs,),
         *(dy, dy_stride, dh, dh_stride, h, h_stride, vector(weight), *statistics, dx, dw_partials, db_partials, rows),
-        options={"num_warps": tiling.warps, "maxnreg": MAX_REGISTERS_TRAINED if trained else MAX_REGISTERS},
+        options={"num_warps": tiling.warps, "maxnreg": min(registers, 65536 // (32 * tiling.warps))},
         H=cols,
         PART=tiling.part,
         PARTS=tiling.parts,
@@ -245,10 +247,9 @@ def _summed(args: dict[str, Any]) -> int:
 # three 4.5, xhat, g, the sum of products, two for dx 5, convert dx 1/2: 10.5; fixed 80 per thread of 24 to 48 elements:
 # 2.5; dh 2.6; LayerNorm 3 and 25 more for its reduction. Sum <= 19, and 10 % to spare. The sums of a trained weight and
 # bias add 1 each (llama 3) and a pass over the tile after the last one, which counts as elements of its own.
-# Wide rows convert twice and keep sums in memory: 17 + 8, and 16 elements of a thread share the fixed part.
+# Wide rows have no budget: their loops over parts are partly unrolled.
 # The reduction: load 1/4, add 1, fixed 130 per thread of 16 elements.
 BUDGETS = {
     "norm_backward": Budget(_tile_and_sums, 21.0),
-    "norm_backward_wide": Budget(lambda a: a["PART"], 36.0),
     "norm_reduce": Budget(_summed, 10.0),
 }

@@ -7,9 +7,9 @@ in flight per tensor. Narrow rows share a program, so that it has four warps; a 
 Wider rows are read twice, block by block; the second read mostly hits the cache.
 
 Trained weights take the sum over all rows: a fixed number of programs walks over the tiles and each keeps its own fp32
-sums. Two programs of eight warps per multiprocessor, so that one loads while the other computes, are as few as hide the
-latency; their partial sums are 9 % of the traffic of 4096 x 4096 in bf16 and stay in the L2 cache. Sixteen warps would
-have too few registers for the sums.
+sums. One program of eight warps per multiprocessor: it takes more than 128 registers a thread, so that no second one
+fits beside it. Partial sums are 4 % of the traffic of 4096 x 4096 in bf16 and stay in the L2 cache. Sixteen warps
+would have too few registers for the sums.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WIDEST = 16384  # columns held in registers: 512 threads x 4 parts x 8
 WIDEST_TRAINED = 10240  # 256 threads x 5 parts x 8
 WIDE_PART = 4096
 VECTOR = 8  # elements of a part per thread: 16 bytes of a two-byte type
-PROGRAMS_PER_SM = 2
+PROGRAMS_PER_SM = 1
 
 
 @dataclass(frozen=True)
