@@ -46,8 +46,11 @@ def grad_a(ds: Tensor, x: Tensor, a: Sequence[Tensor], seeds, ps, need_da) -> Co
     return Cost(_nbytes(ds, x, trained) + partials, 2 * m * sum(t.numel() for t in trained))
 
 
-def grad_x(dys: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor | None, a: Sequence[Tensor], *_) -> Cost:
+def grad_x(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor | None, a: Sequence[Tensor], seeds, ps, splits
+) -> Cost:
     like, k = (dys[0], weights[0].shape[1]) if weights else (ds, a[0].shape[1])
     assert like is not None
     flops = 2 * like.shape[0] * (sum(w.numel() for w in weights) + sum(t.numel() for t in a))
-    return Cost(_nbytes(dys, weights, ds, a) + like.shape[0] * k * like.element_size(), flops)
+    passes = 3 if weights and any(ps) else 1  # masks are drawn outside the GEMM, which adds to what that wrote
+    return Cost(_nbytes(dys, weights, ds, a) + passes * like.shape[0] * k * like.element_size(), flops)

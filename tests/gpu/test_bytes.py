@@ -10,7 +10,7 @@ from tests.support.launches import Event, counting, distinct_bytes
 from tests.support.recorded import META, MULTIPROCESSORS, triton_ops
 from tests.support.ttir import accesses
 
-from fuselora.kernels.gpu import aot
+from fuselora.kernels.gpu import aot, choices
 from fuselora.kernels.gpu.launch import interpreting
 from fuselora.kernels.registry import OPS
 
@@ -22,6 +22,13 @@ TOLERANCE = 0.02  # vectors such as norm weights may be left out of a model
 BEHIND_ADDRESSES = {
     "adamw_": lambda params, grads, *rest: [*params, *params, *grads, *grads, *rest[-1]],
 }
+
+
+@pytest.fixture(autouse=True)
+def one_gemm(monkeypatch):
+    """Records of the LoRA GEMMs state what must travel: that of one GEMM which takes the low-rank part in. A library
+    GEMM per weight reads X again and adds to what it has written; kernels/gpu/lora_matmul.py counts that."""
+    monkeypatch.setenv(choices.ENV_GEMM, "triton")
 
 
 @pytest.mark.parametrize("name", triton_ops())
