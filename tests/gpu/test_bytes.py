@@ -35,7 +35,7 @@ def one_gemm(monkeypatch):
 def test_the_cost_of_an_op_is_what_its_launches_move(name):
     op, checked, wrong = OPS[name], 0, []
     for sample in op.workloads(torch.bfloat16, META):
-        with counting(CAPABILITY, MULTIPROCESSORS[CAPABILITY]) as counter:
+        with counting(CAPABILITY, MULTIPROCESSORS[CAPABILITY], keep=True) as counter:
             if op.impls["triton"].supports(*sample.args):
                 continue
             getattr(torch.ops.fuselora, name)(*sample.args)

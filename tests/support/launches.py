@@ -25,7 +25,7 @@ from fuselora.kernels.registry import OPS
 
 FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"),
-    *("is_same_size", "promote_types", "detach_", "_local_scalar_dense"),
+    *("is_same_size", "promote_types", "detach_", "item", "_local_scalar_dense"),
 }
 
 
@@ -48,11 +48,15 @@ def is_free(func: torch._ops.OpOverload) -> bool:
 
 
 class LaunchCounter(TorchDispatchMode):
-    """``events`` in order. Enter it together with ``counting``."""
+    """``events`` in order of their ends. Entered by ``counting``.
 
-    def __init__(self, launches: list[Launch]) -> None:
+    ``keep``: events hold their launches, and these their tensors. A gradient that someone holds is copied by autograd,
+    which would count.
+    """
+
+    def __init__(self, launches: list[Launch], keep: bool) -> None:
         super().__init__()
-        self.launches, self.events, self.op = launches, [], ""
+        self.launches, self.keep, self.events, self.op = launches, keep, [], ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -72,8 +76,9 @@ class LaunchCounter(TorchDispatchMode):
         outer, self.op, before = self.op, self.op or op.name, len(self.launches)
         with self:
             result = run(*args)
-        own = [launch for launch in self.launches[before:] if all(launch is not e.launch for e in self.events)]
-        self.events += [Event(self.op, launch.kernel.__name__, launch) for launch in own]
+        own = self.launches[before:]
+        del self.launches[before:]
+        self.events += [Event(self.op, launch.kernel.__name__, launch if self.keep else None) for launch in own]
         self.op = outer
         return result
 
@@ -110,20 +115,20 @@ class _FlashAttention(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def counting(capability: int = 90, sms: int = 132) -> Iterator[LaunchCounter]:
+def counting(capability: int = 90, sms: int = 132, keep: bool = False) -> Iterator[LaunchCounter]:
     """Count everything that runs inside, forward or backward."""
     no_autocast = mock.patch.object(torch, "is_autocast_enabled", lambda kind="cpu": False)  # meta is unknown to it
-    with no_autocast, record(capability, sms) as launches, _FlashAttention(), LaunchCounter(launches) as counter:
+    with no_autocast, record(capability, sms) as launches, _FlashAttention(), LaunchCounter(launches, keep) as counter:
         yield counter
 
 
-def count(step: Callable[[], Tensor]) -> tuple[list[Event], list[Event]]:
+def count(step: Callable[[], Tensor], capability: int = 90) -> tuple[list[Event], list[Event]]:
     """(forward, backward): the launches of ``step`` and of differentiating the sum of what it returns.
 
     The gradient that comes in is counted as given: in a model the next layer's backward has made it.
     """
-    with counting() as forward:
+    with counting(capability) as forward:
         y = step()
-    with counting() as backward:
+    with counting(capability) as backward:
         torch.autograd.backward(y, torch.empty_like(y))
     return forward.events, backward.events
