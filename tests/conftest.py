@@ -5,6 +5,12 @@ import os
 
 import pytest
 import torch
+from tests.support.aot_report import (  # noqa: F401
+    aot_rows,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
 
 from fuselora.kernels.gpu.launch import interpreting
 from fuselora.kernels.registry import ENV_IMPL

@@ -1,7 +1,7 @@
 """Every Triton kernel, at the launch configurations of real models, compiled ahead of time for every architecture.
 
 Needs no GPU: launchers are recorded on meta tensors and Triton's compiler and disassembler do the rest. What comes out
-is written to build/gpu/aot.json and aot.md by conftest.py.
+is written to build/gpu/aot.json and aot.md by tests/support/aot_report.py.
 """
 
 import os

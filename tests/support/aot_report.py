@@ -1,4 +1,4 @@
-"""Collects what the ahead-of-time compiles take: build/gpu/aot.json, and as a table in build/gpu/aot.md."""
+"""Collects what the ahead-of-time compiles take, from all test processes: build/gpu/aot.json, and a table in aot.md."""
 
 import json
 from collections import defaultdict
@@ -7,33 +7,34 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "build" / "gpu"
-PARTS = FOLDER / "aot"
+ROWS = pytest.StashKey[list]()
 
 
 @pytest.fixture
 def aot_rows(request):
-    """A list of rows; each test leaves its own file, because tests run in several processes."""
-    rows = []
-    yield rows
-    PARTS.mkdir(parents=True, exist_ok=True)
-    name = request.node.name.replace("[", "-").replace("]", "")
-    (PARTS / f"{name}.json").write_text(json.dumps(rows))
+    """A list of rows, one per compiled kernel."""
+    return request.config.stash.setdefault(ROWS, [])
 
 
-def pytest_sessionstart(session):
-    if not hasattr(session.config, "workerinput"):
-        for part in PARTS.glob("*.json"):
-            part.unlink()
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist: handed to the process that reports
+        session.config.workeroutput["aot_rows"] = session.config.stash.get(ROWS, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash.setdefault(ROWS, []).extend(getattr(node, "workeroutput", {}).get("aot_rows", []))
 
 
 def pytest_terminal_summary(terminalreporter):
-    rows = [row for part in sorted(PARTS.glob("*.json")) for row in json.loads(part.read_text())]
+    rows = terminalreporter.config.stash.get(ROWS, [])
     if not rows:
         return
+    FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / "aot.json").write_text(json.dumps(rows, indent=1))
     (FOLDER / "aot.md").write_text(table(rows))
     kernels = {row["kernel"] for row in rows}
-    spilled = [f"{row['kernel']} {row['architecture']}" for row in rows if row["spills"]]
+    spilled = sorted({f"{row['kernel']} {row['architecture']}" for row in rows if row["spills"]})
     terminalreporter.write_line(
         f"ahead of time: {len(kernels)} kernels in {len(rows)} compiles, {len(spilled)} with spills; build/gpu/aot.md"
     )
