@@ -125,7 +125,9 @@ def process_rows(
                 dx.index_copy_(0, rows[block], p.to(dx.dtype))
     lse = top - peak.log()
     # top - z_y is exact for a confident row, lse - z_y is not
-    loss = (top - picked) - peak.log() + terms.label_smoothing * (picked - mean) + terms.z_loss * lse.square()
+    loss = (top - picked) - peak.log() + terms.z_loss * lse.square()
+    if terms.label_smoothing:  # without it a label at -inf has the loss inf, as stock, and not 0 * inf
+        loss += terms.label_smoothing * (picked - mean)
     return Rows(*(torch.where(valid, value, 0) for value in (loss, lse)), torch.where(valid, entropy, 0))
 
 

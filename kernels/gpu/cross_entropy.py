@@ -38,10 +38,8 @@ from .aot import Budget
 from .launch import launch, sm_count
 
 VECTOR_BYTES = 16
-VECTORS_PER_THREAD, SCALARS_PER_THREAD = (
-    4,
-    8,
-)  # 64 bytes in flight a thread; half with a soft-cap, which takes registers
+VECTORS_PER_THREAD = 4  # 64 bytes in flight a thread; half with a soft-cap and half with an entropy: registers
+SCALARS_PER_THREAD = 8
 THREADS = 1024  # of a multiprocessor's programs together
 REGISTERS = 65536 // THREADS  # without this limit ptxas spills some variants, to fit twice as many threads
 NOTHING = Out()
@@ -211,7 +209,7 @@ def _row(
     top, total, surprise, sum_z = _sums(
         x_row, read, rest_z, rest, scale, cap, per_cap, WIDTH, VECTORS, RAGGED, SCALED, CAPPED, SMOOTH, SURPRISE
     )
-    top = tl.where(total == 0, -float("inf"), top)  # nothing but -inf: NaN below, as stock
+    total = tl.where(total == 0, float("nan"), total)  # nothing but -inf: NaN, as stock
     top = tl.where(valid, top, 0.0)
     total = tl.where(valid, total, 1.0)
     surprise = tl.where(valid, surprise / total, 0.0)
@@ -305,7 +303,8 @@ def triton_rows(
     x = x if x.stride(1) == 1 else x.contiguous()
     width, warps = _width(x, dx), warps_per_row(vocab, x.element_size())
     threads = 32 * warps
-    per_thread = SCALARS_PER_THREAD if width == 1 else VECTORS_PER_THREAD // (2 if terms.softcap else 1)
+    surprise = out.entropy is not None or dentropy is not None
+    per_thread = (SCALARS_PER_THREAD if width == 1 else VECTORS_PER_THREAD) >> (terms.softcap != 0) + surprise
     constants: dict[str, Any] = {
         "WIDTH": width,
         "VECTORS": threads * per_thread,
@@ -314,7 +313,7 @@ def triton_rows(
         "SMOOTH": terms.label_smoothing != 0,
         "SCALED": terms.logit_scale != 1,
         "WEIGHTED": weighted and upstream is not None,
-        "SURPRISE": out.entropy is not None or dentropy is not None,
+        "SURPRISE": surprise,
     }
     launch(
         cross_entropy_rows_kernel,
