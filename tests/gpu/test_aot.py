@@ -66,6 +66,23 @@ def test_kernels_compile_within_their_limits(name, capability, aot_rows):
     assert problems == [], "\n".join(problems)
 
 
+@pytest.mark.skipif(not FULL, reason="reported by make aot")
+@pytest.mark.parametrize("name", triton_ops())
+def test_amd_compiles_are_reported(name, aot_rows):
+    """Nothing is demanded of AMD's compiler but to run: rows of the table say what came out."""
+    from triton.compiler.errors import CompilationError
+
+    seen = set()
+    for item in workload_launches(name, 90, torch.bfloat16):
+        if isinstance(item, Recorded) and (key := aot.same_kernel(item.launch)) not in seen:
+            seen.add(key)
+            try:
+                used = aot.amd_resources(item.launch)
+            except (CompilationError, RuntimeError) as error:
+                used = {"failed": str(error).strip().splitlines()[0]}
+            aot_rows.append(names(item) | {"architecture": aot.AMD_ARCHITECTURE} | used)
+
+
 def check(item: Recorded, used: aot.Resources, touched: Accesses, capability: int):
     """(what, sentence) for each demand that a kernel misses."""
     limit = aot.MULTIPROCESSORS[capability]
@@ -129,11 +146,7 @@ def aligned(t: torch.Tensor) -> bool:
 
 def row(item: Recorded, used: aot.Resources, capability: int) -> dict:
     spent = per_element(item, used) if item.budget and used.sass else None
-    return {
-        "op": item.op,
-        "kernel": item.kernel,
-        "workload": item.workload,
-        "dtype": str(item.dtype).removeprefix("torch."),
+    return names(item) | {
         "architecture": f"sm_{capability}",
         "registers": used.registers,
         "spills": used.spills,
@@ -147,3 +160,8 @@ def row(item: Recorded, used: aot.Resources, capability: int) -> dict:
         "wide_stores": used.wide_share("store"),
         "matrix_instructions": sorted(used.matrix_instructions),
     }
+
+
+def names(item: Recorded) -> dict[str, str]:
+    dtype = str(item.dtype).removeprefix("torch.")
+    return {"op": item.op, "kernel": item.kernel, "workload": item.workload, "dtype": dtype}

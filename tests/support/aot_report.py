@@ -34,7 +34,7 @@ def pytest_terminal_summary(terminalreporter):
     (FOLDER / "aot.json").write_text(json.dumps(rows, indent=1))
     (FOLDER / "aot.md").write_text(table(rows))
     kernels = {row["kernel"] for row in rows}
-    spilled = sorted({f"{row['kernel']} {row['architecture']}" for row in rows if row["spills"]})
+    spilled = sorted({f"{row['kernel']} {row['architecture']}" for row in rows if row.get("spills")})
     terminalreporter.write_line(
         f"ahead of time: {len(kernels)} kernels in {len(rows)} compiles, {len(spilled)} with spills; build/gpu/aot.md"
     )
@@ -57,9 +57,9 @@ def table(rows: list[dict]) -> str:
     for (op, workload, dtype, kernel), found in sorted(lines.items()):
         cells = [cell(found.get(name)) for name in architectures]
         any_row = found.get("sm_90") or next(iter(found.values()))
-        per_element = "" if any_row["per_element"] is None else f"{any_row['per_element']:.1f}"
-        budget = "" if any_row["budget"] is None else f"{any_row['budget']}"
-        first = (op, kernel, workload, dtype, str(any_row["threads"]))
+        spent, budget, threads = (any_row.get(key) for key in ("per_element", "budget", "threads"))
+        per_element, budget = f"{spent:.1f}" if spent else "", str(budget or "")
+        first = (op, kernel, workload, dtype, str(threads or ""))
         out.append("| " + " | ".join((*first, *cells, per_element, budget)) + " |")
     return "\n".join(out) + "\n"
 
@@ -67,5 +67,8 @@ def table(rows: list[dict]) -> str:
 def cell(row: dict | None) -> str:
     if row is None:
         return "–"
+    if "failed" in row:
+        return "does not compile"
     spills = f" spills {row['spills']}" if row["spills"] else ""
-    return f"{row['registers']} / {row['shared'] / 1024:.0f} / {row['blocks']}{spills}"
+    blocks = f" / {row['blocks']}" if "blocks" in row else ""
+    return f"{row['registers']} / {row['shared'] / 1024:.0f}{blocks}{spills}"
