@@ -61,6 +61,19 @@ def _pick(i, a, b, c, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _ends(n0, n1, n2, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+    """Where the blocks of each of COUNT lengths end when they are counted through."""
+    end0 = tl.cdiv(n0, BLOCK)
+    end1, end2 = end0, end0
+    if COUNT > 1:
+        end1 = end0 + tl.cdiv(n1, BLOCK)
+        end2 = end1
+    if COUNT > 2:
+        end2 = end1 + tl.cdiv(n2, BLOCK)
+    return end0, end1, end2
+
+
+@triton.jit
 def _multiple(number, UNIT: tl.constexpr):
     """The same number, known to the compiler as a multiple of UNIT; by itself it learns of multiples of 16 alone."""
     if UNIT > 1:
@@ -118,13 +131,7 @@ def project_kernel(
 
     UNIT divides K, the N_i and the strides of X and the W_i; UNIT_R the ranks and the strides of S and the B_i.
     """
-    end0 = tl.cdiv(n0, BLOCK_N)
-    end1, end2 = end0, end0
-    if COUNT > 1:
-        end1 = end0 + tl.cdiv(n1, BLOCK_N)
-        end2 = end1
-    if COUNT > 2:
-        end2 = end1 + tl.cdiv(n2, BLOCK_N)
+    end0, end1, end2 = _ends(n0, n1, n2, BLOCK_N, COUNT)
     tile_m, tile_n = _grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), end2, GROUP_M)
     i = (tile_n >= end0).to(tl.int32) + (tile_n >= end1).to(tl.int32)
     tile_n -= _pick(i, 0, end0, end1, COUNT)
@@ -203,13 +210,7 @@ def grad_x_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if GEMM:
-        end0 = tl.cdiv(n0, BLOCK_K)
-        end1, end2 = end0, end0
-        if COUNT > 1:
-            end1 = end0 + tl.cdiv(n1, BLOCK_K)
-            end2 = end1
-        if COUNT > 2:
-            end2 = end1 + tl.cdiv(n2, BLOCK_K)
+        end0, end1, end2 = _ends(n0, n1, n2, BLOCK_K, COUNT)
         for step in range(0, end2):
             i = (step >= end0).to(tl.int32) + (step >= end1).to(tl.int32)
             ks = (step - _pick(i, 0, end0, end1, COUNT)) * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -81,7 +81,7 @@ def _padded(values: Sequence[Any]) -> list[Any]:
     return [*values, *[None] * (SLOTS - len(values))]
 
 
-def _numbers(values: Sequence[int]) -> list[int]:
+def _numbers(values: Sequence[float]) -> list[float]:
     return [*values, *[0] * (SLOTS - len(values))]
 
 

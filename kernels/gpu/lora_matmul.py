@@ -84,9 +84,10 @@ def grad_x(
     splits: Sequence[bool],
 ) -> Tensor:
     """The launcher of ``lora_grad_x``."""
-    variant, config = chosen("lora_grad_x", dys, weights) if weights else ("addmm", None)
-    if variant == "triton":
-        return grad_x_triton(dys, weights, ds, a, seeds, ps, splits, config)
+    if weights:
+        variant, config = chosen("lora_grad_x", dys, weights)
+        if variant == "triton":
+            return grad_x_triton(dys, weights, ds, a, seeds, ps, splits, config)
     return grad_x_addmm(dys, weights, ds, a, seeds, ps, splits)
 
 
@@ -184,6 +185,12 @@ def _adapters(
     ]
 
 
+def _empty_dx(dys: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor | None, a: Sequence[Tensor]) -> Tensor:
+    like, k = (dys[0], weights[0].shape[1]) if weights else (ds, a[0].shape[1])
+    assert like is not None
+    return torch.empty(like.shape[0], k, dtype=like.dtype, device=like.device)
+
+
 def _expand_x(dx: Tensor, parts: Sequence[Part]) -> None:
     """dX starts with the low-rank part of these adapters."""
     for i, group in enumerate(_groups(parts)):
@@ -202,8 +209,7 @@ def grad_x_addmm(
 ) -> Tensor:
     """The low-rank part, masked behind dropout, in one launch, then a library GEMM per projection on top of it."""
     parts = _adapters(ds, a, seeds, ps, splits)
-    like, k = (dys[0], weights[0].shape[1]) if weights else (ds, a[0].shape[1])
-    dx = torch.empty(like.shape[0], k, dtype=like.dtype, device=like.device)
+    dx = _empty_dx(dys, weights, ds, a)
     _expand_x(dx, parts)
     for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
         if i or parts:
@@ -226,8 +232,7 @@ def grad_x_triton(
     """One GEMM per three projections. Adapters behind dropout are written first: their masks' words would cost every
     tile of the GEMM registers."""
     parts = _adapters(ds, a, seeds, ps, splits)
-    like, k = (dys[0], weights[0].shape[1]) if weights else (ds, a[0].shape[1])
-    dx = torch.empty(like.shape[0], k, dtype=like.dtype, device=like.device)
+    dx = _empty_dx(dys, weights, ds, a)
     fused = parts if weights and len(parts) <= SLOTS and all(part.p == 0.0 for part in parts) else []
     written = [] if fused else parts
     _expand_x(dx, written)
