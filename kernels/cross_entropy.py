@@ -14,7 +14,7 @@ With no such label the result is 0 and so are all gradients.
 
 Shapes: x [N, V]; labels [N] int64; loss, lse [N] in fp32 (fp64 for fp64).
 Saved for backward: x itself, labels and lse; stock keeps x in fp32 and the log-probabilities, 8 bytes per logit.
-Bytes, n valid logits of b bytes: forward nb, backward 2nb. Ignored rows are skipped on CPU.
+Bytes, n valid logits of b bytes: forward nb, backward 2nb. Ignored rows are not read.
 Numerics: fp32 inside, dx rounded once to x's dtype. Deterministic.
 Source: Szegedy et al. 2016, sec. 7 (label smoothing); Chowdhery et al. 2022, "PaLM", sec. 5 (z-loss).
 """

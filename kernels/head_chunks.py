@@ -30,6 +30,8 @@ def computed_tokens(op: str, labels: Tensor, ignore_index: int, max_valid: int |
 
     More than ``max_valid`` valid tokens raise on CPU; elsewhere a device-side assertion fires.
     """
+    if max_valid is None and not known:
+        return None
     valid = labels != ignore_index
     if max_valid is not None:
         enough = valid.sum() <= max_valid
@@ -41,9 +43,8 @@ def computed_tokens(op: str, labels: Tensor, ignore_index: int, max_valid: int |
     if known:
         index = valid.nonzero().squeeze(1)
         return None if index.numel() == labels.numel() else index
-    if max_valid is None or packed_count(labels.numel(), max_valid) == labels.numel():
-        return None
-    return valid.logical_not().argsort(stable=True)[: packed_count(labels.numel(), max_valid)]
+    count = packed_count(labels.numel(), max_valid)
+    return None if count == labels.numel() else valid.logical_not().argsort(stable=True)[:count]
 
 
 def chunk_size(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
