@@ -5,7 +5,7 @@ and b (and c, the channels that are not rotated). The tables and the norm's weig
 program; a head's sums go over BLOCK / 8 neighbouring threads.
 
 Backward, trained weight: a program adds dn * xhat over its heads in registers, sums over its tokens at the end and
-writes one row of partial sums; ``dw_reduce`` adds the rows in their order. Same shapes, same bits.
+writes one row of partial sums; ``qk_dw_reduce`` adds the rows in their order. Same shapes, same bits.
 
 Bytes: 2nb forward, 3nb backward, 4 per head for rstd; tables and weights come from L2. Numerics: fp32 inside.
 """
@@ -20,7 +20,19 @@ from torch import Tensor
 from ..rms_norm import out_dtype
 from .aot import Budget
 from .launch import launch
-from .rope import WARPS, channels, geometry, load_pairs, place, rotate, store_pairs, strided, tables
+from .rope import (
+    WARPS,
+    channels,
+    geometry,
+    load_pairs,
+    load_tables,
+    place,
+    rotate,
+    store_pairs,
+    strided,
+    strided_rows,
+    tables,
+)
 
 REDUCE_ROWS, REDUCE_COLUMNS = 128, 32
 
@@ -47,56 +59,38 @@ def weigh(xhat, w, X: tl.constexpr, Y: tl.constexpr, LLAMA: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
-    y_q,
-    y_k,
-    rstd_q,
-    rstd_k,
-    q,
-    k,
-    w_q,
-    w_k,
-    cos,
-    sin,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    table_batch,
-    table_token,
-    length,
-    eps,
-    HEADS_Q: tl.constexpr,
-    HEADS_K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HALF: tl.constexpr,
-    GROUP: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LLAMA: tl.constexpr,
+def load_weight(
+    w, mask, HALF: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr,
+    INTERLEAVED: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """w + SHIFT as (a, b, c), in every row; c is 0 if every channel is rotated."""
+    w_a, w_b = load_pairs(w, mask, HALF, BLOCK, INTERLEAVED)
+    w_c = 0.0
+    if REST:
+        w_c = load_rest(w, mask, HALF, REST, WIDTH) + SHIFT
+    return w_a + SHIFT, w_b + SHIFT, w_c
+
+
+@triton.jit
+def qk_norm_rope_kernel(
+    y_q, y_k, rstd_q, rstd_k, q, k, w_q, w_k, cos, sin,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, table_batch, table_token, length, eps,
+    HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, LLAMA: tl.constexpr,
     SHIFT: tl.constexpr,
-):
+):  # fmt: skip
     is_q, batch, position, _, first, _ = place(length, HEADS_Q, HEADS_K, GROUP, TOKENS)
     inside = position < length
     heads = tl.where(is_q, HEADS_Q, HEADS_K)
-    head_stride = tl.where(is_q, q_head, k_head).to(tl.int64)
-    from_q, from_k = batch * q_batch + position * q_token, batch * k_batch + position * k_token
-    x = tl.where(is_q, q, k) + tl.where(is_q, from_q, from_k)
+    x, head_stride = strided_rows(is_q, q, k, batch, position, q_batch, q_token, q_head, k_batch, k_token, k_head)
     row = (batch * length + position) * heads
     y = tl.where(is_q, y_q, y_k) + row * WIDTH
     rstds = tl.where(is_q, rstd_q, rstd_k) + row
     w = tl.where(is_q, w_q, w_k) + position * 0
-    w_a, w_b = load_pairs(w, inside, HALF, BLOCK, INTERLEAVED)
-    w_a, w_b = w_a + SHIFT, w_b + SHIFT
-    if REST:
-        w_c = load_rest(w, inside, HALF, REST, WIDTH) + SHIFT
-    table = batch * table_batch + position * table_token
-    cos_a, cos_b = load_pairs(cos + table, inside, HALF, BLOCK, INTERLEAVED)
-    sin_a, sin_b = load_pairs(sin + table, inside, HALF, BLOCK, INTERLEAVED)
+    w_a, w_b, w_c = load_weight(w, inside, HALF, BLOCK, REST, WIDTH, INTERLEAVED, SHIFT)
+    cos_a, cos_b, sin_a, sin_b = load_tables(
+        cos, sin, batch, position, inside, table_batch, table_token, HALF, BLOCK, INTERLEAVED
+    )
     X: tl.constexpr = q.dtype.element_ty
     Y: tl.constexpr = y_q.dtype.element_ty
     column = tl.arange(0, BLOCK)[None, :]
@@ -128,79 +122,39 @@ def seen(xhat, X: tl.constexpr, LLAMA: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(
-    dx_q,
-    dx_k,
-    part_q,
-    part_k,
-    dy_q,
-    dy_k,
-    q,
-    k,
-    rstd_q,
-    rstd_k,
-    w_q,
-    w_k,
-    cos,
-    sin,
-    dq_batch,
-    dq_token,
-    dq_head,
-    dk_batch,
-    dk_token,
-    dk_head,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    table_batch,
-    table_token,
-    length,
-    HEADS_Q: tl.constexpr,
-    HEADS_K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HALF: tl.constexpr,
-    GROUP: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LLAMA: tl.constexpr,
-    SHIFT: tl.constexpr,
-    DW: tl.constexpr,
-):
+def qk_norm_rope_bwd_kernel(
+    dx_q, dx_k, part_q, part_k, dy_q, dy_k, q, k, rstd_q, rstd_k, w_q, w_k, cos, sin,
+    dq_batch, dq_token, dq_head, dk_batch, dk_token, dk_head, q_batch, q_token, q_head, k_batch, k_token, k_head,
+    table_batch, table_token, length,
+    HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, LLAMA: tl.constexpr,
+    SHIFT: tl.constexpr, DW: tl.constexpr,
+):  # fmt: skip
     is_q, batch, position, block, first, group = place(length, HEADS_Q, HEADS_K, GROUP, TOKENS)
     inside = position < length
     heads = tl.where(is_q, HEADS_Q, HEADS_K)
-    x_head = tl.where(is_q, q_head, k_head).to(tl.int64)
-    dy_head = tl.where(is_q, dq_head, dk_head).to(tl.int64)
-    from_q, from_k = batch * q_batch + position * q_token, batch * k_batch + position * k_token
-    x = tl.where(is_q, q, k) + tl.where(is_q, from_q, from_k)
-    from_q, from_k = batch * dq_batch + position * dq_token, batch * dk_batch + position * dk_token
-    dy = tl.where(is_q, dy_q, dy_k) + tl.where(is_q, from_q, from_k)
+    x, x_head = strided_rows(is_q, q, k, batch, position, q_batch, q_token, q_head, k_batch, k_token, k_head)
+    dy, dy_head = strided_rows(
+        is_q, dy_q, dy_k, batch, position, dq_batch, dq_token, dq_head, dk_batch, dk_token, dk_head
+    )
     row = (batch * length + position) * heads
     dx = tl.where(is_q, dx_q, dx_k) + row * WIDTH
     rstds = tl.where(is_q, rstd_q, rstd_k) + row
     w = tl.where(is_q, w_q, w_k) + position * 0
-    w_a, w_b = load_pairs(w, inside, HALF, BLOCK, INTERLEAVED)
-    w_a, w_b = w_a + SHIFT, w_b + SHIFT
-    table = batch * table_batch + position * table_token
-    cos_a, cos_b = load_pairs(cos + table, inside, HALF, BLOCK, INTERLEAVED)
-    sin_a, sin_b = load_pairs(sin + table, inside, HALF, BLOCK, INTERLEAVED)
+    w_a, w_b, w_c = load_weight(w, inside, HALF, BLOCK, REST, WIDTH, INTERLEAVED, SHIFT)
+    cos_a, cos_b, sin_a, sin_b = load_tables(
+        cos, sin, batch, position, inside, table_batch, table_token, HALF, BLOCK, INTERLEAVED
+    )
     X: tl.constexpr = q.dtype.element_ty
+    sum_a, sum_b = tl.zeros((TOKENS, BLOCK), tl.float32), tl.zeros((TOKENS, BLOCK), tl.float32)
     if REST:
-        w_c = load_rest(w, inside, HALF, REST, WIDTH) + SHIFT
         sum_c = tl.zeros((TOKENS, REST), tl.float32)
-    if DW:
-        sum_a, sum_b = tl.zeros((TOKENS, BLOCK), tl.float32), tl.zeros((TOKENS, BLOCK), tl.float32)
     for i in tl.static_range(GROUP):
         mask = inside & (first + i < heads)
         x_rows, dy_rows, dx_rows = x + (first + i) * x_head, dy + (first + i) * dy_head, dx + (first + i) * WIDTH
+        rstd = tl.load(rstds + first + i, mask=mask, other=0.0)
         a, b = load_pairs(x_rows, mask, HALF, BLOCK, INTERLEAVED)
         dn_a, dn_b = load_pairs(dy_rows, mask, HALF, BLOCK, INTERLEAVED)
-        rstd = tl.load(rstds + first + i, mask=mask, other=0.0)
         dn_a, dn_b = rotate(dn_a, dn_b, cos_a, cos_b, sin_a, sin_b, True)
         a, b = a * rstd, b * rstd
         products = tl.sum(dn_a * w_a * a + dn_b * w_b * b, 1, keep_dims=True)
@@ -210,27 +164,26 @@ def backward_kernel(
         mean = products * (1.0 / WIDTH)
         dx_a, dx_b = (dn_a * w_a - a * mean) * rstd, (dn_b * w_b - b * mean) * rstd
         store_pairs(dx_rows, dx_a, dx_b, mask, HALF, BLOCK, INTERLEAVED)
-        if DW:
-            sum_a += dn_a * seen(a, X, LLAMA)
-            sum_b += dn_b * seen(b, X, LLAMA)
+        sum_a += dn_a * seen(a, X, LLAMA)
+        sum_b += dn_b * seen(b, X, LLAMA)
         if REST:
             store_rest(dx_rows, (dn_c * w_c - c * mean) * rstd, mask, HALF, REST, WIDTH)
-            if DW:
-                sum_c += dn_c * seen(c, X, LLAMA)
+            sum_c += dn_c * seen(c, X, LLAMA)
     if DW:
         groups_q: tl.constexpr = (HEADS_Q + GROUP - 1) // GROUP
         groups_k: tl.constexpr = (HEADS_K + GROUP - 1) // GROUP
-        part = block.to(tl.int64) * tl.where(is_q, groups_q, groups_k) + group
-        rows = tl.where(is_q, part_q, part_k) + part * WIDTH + tl.zeros((1, 1), tl.int64)
+        part = tl.where(is_q, part_q, part_k)
+        part += (block.to(tl.int64) * tl.where(is_q, groups_q, groups_k) + group) * WIDTH
+        part += tl.zeros((1, 1), tl.int64)
         every = tl.full((1, 1), True, tl.int1)
         a, b = tl.sum(sum_a, 0, keep_dims=True), tl.sum(sum_b, 0, keep_dims=True)
-        store_pairs(rows, a, b, every, HALF, BLOCK, INTERLEAVED)
+        store_pairs(part, a, b, every, HALF, BLOCK, INTERLEAVED)
         if REST:
-            store_rest(rows, tl.sum(sum_c, 0, keep_dims=True), every, HALF, REST, WIDTH)
+            store_rest(part, tl.sum(sum_c, 0, keep_dims=True), every, HALF, REST, WIDTH)
 
 
 @triton.jit
-def dw_reduce(
+def qk_dw_reduce(
     dw_q, dw_k, part_q, part_k, rows_q, rows_k, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """The sums of the rows of part_q [rows_q, WIDTH] and of part_k, each by programs of its own."""
@@ -264,7 +217,7 @@ def qk_norm_rope(
     q_rstd, k_rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for x in (q, k))
     programs, constants = geometry(q, k, cos.shape[-1], q.shape[-1])
     launch(
-        forward_kernel,
+        qk_norm_rope_kernel,
         (programs,),
         *(y_q, y_k, q_rstd, k_rstd, q, k, q_weight, k_weight, cos, sin),
         *(*q.stride()[:3], *k.stride()[:3], *table_strides, q.shape[1], eps),
@@ -304,7 +257,7 @@ def qk_norm_rope_bwd(
         for groups in (groups_q, groups_k)
     ]
     launch(
-        backward_kernel,
+        qk_norm_rope_bwd_kernel,
         (programs,),
         *(dq, dk, *parts, dy_q, dy_k, q, k, q_rstd, k_rstd, q_weight, k_weight, cos, sin),
         *(stride for x in (dy_q, dy_k, q, k) for stride in x.stride()[:3]),
@@ -320,7 +273,7 @@ def qk_norm_rope_bwd(
         return dq, dk, q.new_empty(0), q.new_empty(0)
     dw_q, dw_k = torch.empty_like(q_weight), torch.empty_like(k_weight)
     launch(
-        dw_reduce,
+        qk_dw_reduce,
         (triton.cdiv(width, REDUCE_COLUMNS), 2),
         *(dw_q, dw_k, *parts, blocks * groups_q, blocks * groups_k),
         options={"num_warps": WARPS},
@@ -338,9 +291,9 @@ def qk_norm_rope_bwd(
 # Backward: two loads 3, rotate 2, xhat 1, g 1, products 1, dx 2, pack 0.5: 10.5; per head 40: 2.5; tables 1 or 2. Sum
 # 14 and 15, compiled 15.2 and 16.4. The trained weight adds round and back 2, sums 1, and their sums over tokens 0.8:
 # 17.8 and 18.8, compiled 20.1, as the 16 sums of a thread meet in shared memory.
-# dw_reduce: a load 0.25, an add 1, a mask 1, and the sum over 128 rows 2.
+# qk_dw_reduce: a load 0.25, an add 1, a mask 1, and the sum over 128 rows 2.
 BUDGETS = {
-    "forward_kernel": Budget(channels, 16.5),
-    "backward_kernel": Budget(channels, 20.5),
-    "dw_reduce": Budget(lambda args: args["ROWS"] * args["COLUMNS"], 8.0),
+    "qk_norm_rope_kernel": Budget(channels, 16.5),
+    "qk_norm_rope_bwd_kernel": Budget(channels, 20.5),
+    "qk_dw_reduce": Budget(lambda args: args["ROWS"] * args["COLUMNS"], 8.0),
 }

@@ -75,39 +75,35 @@ def rotate(a, b, cos_a, cos_b, sin_a, sin_b, ADJOINT: tl.constexpr):
 
 
 @triton.jit
+def strided_rows(is_q, q, k, batch, position, q_batch, q_token, q_head, k_batch, k_token, k_head):
+    """(pointers to q's or k's tokens [TOKENS, 1], elements from head to head)."""
+    from_q, from_k = batch * q_batch + position * q_token, batch * k_batch + position * k_token
+    rows = tl.where(is_q, q, k) + tl.where(is_q, from_q, from_k)
+    return rows, tl.where(is_q, q_head, k_head).to(tl.int64)
+
+
+@triton.jit
+def load_tables(
+    cos, sin, batch, position, mask, table_batch, table_token,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    table = batch * table_batch + position * table_token
+    cos_a, cos_b = load_pairs(cos + table, mask, HALF, BLOCK, INTERLEAVED)
+    sin_a, sin_b = load_pairs(sin + table, mask, HALF, BLOCK, INTERLEAVED)
+    return cos_a, cos_b, sin_a, sin_b
+
+
+@triton.jit
 def rope_kernel(
-    y_q,
-    y_k,
-    q,
-    k,
-    cos,
-    sin,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    table_batch,
-    table_token,
-    length,
-    HEADS_Q: tl.constexpr,
-    HEADS_K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HALF: tl.constexpr,
-    GROUP: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ADJOINT: tl.constexpr,
-):
+    y_q, y_k, q, k, cos, sin,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, table_batch, table_token, length,
+    HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, ADJOINT: tl.constexpr,
+):  # fmt: skip
     is_q, batch, position, _, first, _ = place(length, HEADS_Q, HEADS_K, GROUP, TOKENS)
     inside = position < length
     heads = tl.where(is_q, HEADS_Q, HEADS_K)
-    head_stride = tl.where(is_q, q_head, k_head).to(tl.int64)
-    from_q, from_k = batch * q_batch + position * q_token, batch * k_batch + position * k_token
-    x = tl.where(is_q, q, k) + tl.where(is_q, from_q, from_k)
+    x, head_stride = strided_rows(is_q, q, k, batch, position, q_batch, q_token, q_head, k_batch, k_token, k_head)
     y = tl.where(is_q, y_q, y_k) + (batch * length + position) * heads * WIDTH
     if REST:  # before the tables fill the registers
         column = 2 * HALF + tl.arange(0, REST)[None, :]
@@ -116,9 +112,9 @@ def rope_kernel(
             passed = tl.load(x + (first + i) * head_stride + column, mask=mask)
             tl.store(y + (first + i) * WIDTH + column, passed, mask=mask)
 
-    table = batch * table_batch + position * table_token
-    cos_a, cos_b = load_pairs(cos + table, inside, HALF, BLOCK, INTERLEAVED)
-    sin_a, sin_b = load_pairs(sin + table, inside, HALF, BLOCK, INTERLEAVED)
+    cos_a, cos_b, sin_a, sin_b = load_tables(
+        cos, sin, batch, position, inside, table_batch, table_token, HALF, BLOCK, INTERLEAVED
+    )
     for i in tl.static_range(GROUP):
         mask = inside & (first + i < heads)
         a, b = load_pairs(x + (first + i) * head_stride, mask, HALF, BLOCK, INTERLEAVED)

@@ -107,7 +107,7 @@ def test_launches_and_what_they_read_in_place(need_dw):
         _, _, *rstd = FORWARD.impls["triton"].fn(q, k, q_weight, k_weight, cos, sin, 1e-6, "llama", False)
         saved = q, k, q_weight, k_weight, *rstd, cos, sin
         dw = BACKWARD.impls["triton"].fn(dy_q, dy_k, *saved, "llama", False, need_dw)[2:]
-    names = ["forward_kernel", "backward_kernel", *["dw_reduce"] * need_dw]
+    names = ["qk_norm_rope_kernel", "qk_norm_rope_bwd_kernel", *["qk_dw_reduce"] * need_dw]
     assert [launch.kernel.__name__ for launch in launches] == names
     assert launches[0].args["q"] is q and launches[1].args["dy_k"] is dy_k
     assert (launches[1].args["part_q"] is None) == (not need_dw) and [w.numel() for w in dw] == [128 * need_dw] * 2
