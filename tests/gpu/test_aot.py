@@ -14,6 +14,7 @@ from tests.support.ttir import Accesses, accesses
 from fuselora.kernels.gpu import aot
 from fuselora.kernels.gpu.launch import interpreting
 
+pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(interpreting(), reason="under TRITON_INTERPRET nothing is compiled")
 
 # In full: all dtypes and instruction counts on every architecture; minutes. Else bf16, and fp16 where it is the only

@@ -14,6 +14,7 @@ from fuselora.kernels.gpu import aot, choices
 from fuselora.kernels.gpu.launch import interpreting
 from fuselora.kernels.registry import OPS
 
+pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(interpreting(), reason="under TRITON_INTERPRET nothing is compiled")
 
 CAPABILITY = 90

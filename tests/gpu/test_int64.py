@@ -17,6 +17,7 @@ from fuselora.kernels.gpu import aot
 from fuselora.kernels.gpu.launch import interpreting
 from fuselora.kernels.registry import OPS, Sample
 
+pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(interpreting(), reason="under TRITON_INTERPRET nothing is compiled")
 
 CAPABILITY = 90

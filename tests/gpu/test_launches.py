@@ -16,6 +16,7 @@ import fuselora
 from fuselora.kernels.gpu.choices import ENV_GEMM
 from fuselora.kernels.gpu.launch import interpreting
 
+pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(interpreting(), reason="meta tensors are not interpreted")
 
 BATCH, LENGTH, HIDDEN, HEAD_DIM = 2, 2048, 4096, 128
