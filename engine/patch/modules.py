@@ -133,8 +133,14 @@ class FusedLoRALinear(Fused):
         return lora_delta(y, x, tuple(adapters))
 
 
+class FusedLoRA4bitLinear(FusedLoRALinear):
+    """peft's LoRA on bitsandbytes' 4-bit linear: dequantised by us, then as on a dense one."""
+
+    fuse_ops = ("dequantize_4bit", *FusedLoRALinear.fuse_ops)
+
+
 class FusedOpaqueLoRALinear(FusedLoRALinear):
-    """peft's LoRA on a base layer that computes by itself (bitsandbytes, GPTQ ...): only the low-rank part is ours."""
+    """peft's LoRA on a base layer that computes by itself (LLM.int8, GPTQ ...): only the low-rank part is ours."""
 
     fuse_ops = ("lora_shrink", "lora_grad_s_b", "lora_grad_a")
 

@@ -15,6 +15,7 @@ from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from fuselora.engine.patch.quantized import PEFT_4BIT, class_path, compute_reason, is_4bit, read_4bit
 from fuselora.engine.patch.swap import is_fused, stock_class
 from fuselora.kernels.lora import LoRA, Projection
 
@@ -150,20 +151,36 @@ def read_dora(module: Any) -> DoRA | str:
     return DoRA(plain.weight, plain.bias, lora, length.weight)
 
 
+def is_base(module: nn.Module) -> bool:
+    """Whether this is a linear without adapters whose weight we can read, dense or 4-bit."""
+    stock = stock_class(module)
+    return stock is nn.Linear or is_4bit(stock)
+
+
+def base_linear(module: Any) -> nn.Module:
+    """The linear that holds the weight: the module itself or what is below its adapters."""
+    return module if is_base(module) else module.base_layer
+
+
+def read_base(module: nn.Module) -> Projection | str:
+    """A linear that ``is_base``."""
+    return read_plain(module) if stock_class(module) is nn.Linear else bypass_reason(module) or read_4bit(module)
+
+
 def read_projection(module: nn.Module) -> Projection | str:
     """The tensors of a linear layer in its current state, or the reason why its own forward must run."""
+    if is_base(module):
+        return read_base(module)
     stock = stock_class(module)
-    if stock is nn.Linear:
-        return read_plain(module)
-    if stock is not peft_lora.Linear:
+    if stock is not peft_lora.Linear and class_path(stock) != PEFT_4BIT:
         return f"{stock.__name__} is not a plain or LoRA linear"
     reason = bypass_reason(module) or state_reason(module)
     if reason:
         return reason
     base = module.base_layer
-    if stock_class(base) is not nn.Linear:
+    if not is_base(base):
         return f"its base layer is {type(base).__name__}"
-    plain = read_plain(base)
+    plain = read_base(base)
     names = active_adapters(module)
     if isinstance(plain, str) or not names:
         return plain
@@ -172,10 +189,16 @@ def read_projection(module: nn.Module) -> Projection | str:
         lora = read_adapter(module, name)
         if isinstance(lora, str):
             return lora
-        if not getattr(module, "cast_input_dtype_enabled", True) and lora.a.dtype != plain.weight.dtype:
+        dense = isinstance(plain.weight, Tensor)
+        if not getattr(module, "cast_input_dtype_enabled", True) and (not dense or lora.a.dtype != plain.weight.dtype):
             return "input casting is disabled and the adapter has another dtype"
         loras.append(lora)
     return plain._replace(lora=tuple(loras))
+
+
+def input_reason(x: Tensor, module: nn.Module, proj: Projection) -> str | None:
+    """Why this input and this linear do not meet in one dtype, or None."""
+    return dtype_reason(x, proj.weight) if isinstance(proj.weight, Tensor) else compute_reason(x, base_linear(module))
 
 
 def read_projections(x: Tensor | None, *modules: nn.Module) -> list[Projection] | str:
@@ -185,7 +208,7 @@ def read_projections(x: Tensor | None, *modules: nn.Module) -> list[Projection] 
         proj = read_projection(module)
         if isinstance(proj, str):
             return proj
-        reason = None if x is None else dtype_reason(x, proj.weight)
+        reason = None if x is None else input_reason(x, module, proj)
         if reason:
             return reason
         projections.append(proj)
