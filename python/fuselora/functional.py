@@ -1,6 +1,7 @@
 """Public differentiable ops. Each is a plain function on tensors; its docstring gives shapes, dtypes and source."""
 
 import fuselora.kernels.adamw  # noqa: F401  (an op without a differentiable function)
+import fuselora.kernels.glu_lora  # noqa: F401  (an op without a differentiable function)
 from fuselora.kernels.cross_entropy import cross_entropy
 from fuselora.kernels.dora_linear import dora_linear
 from fuselora.kernels.dropout import dropout, dropout_mask
