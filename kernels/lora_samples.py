@@ -37,6 +37,7 @@ WORKLOADS = {
     "llama3-8b-qkv": Group(4096, 4096, (4096, 1024, 1024), tuple((i, 16, 0.0, True) for i in range(3))),
     "llama3-8b-gate-up": Group(4096, 4096, (14336, 14336), tuple((i, 16, 0.0, True) for i in range(2))),
     "llama3-8b-down": Group(4096, 14336, (4096,), ((0, 16, 0.0, True),)),
+    "llama3-8b-o-256-tokens": Group(256, 4096, (4096,), ((0, 16, 0.0, True),)),
     "qwen3-0.6b-qkv": Group(4096, 1024, (2048, 1024, 1024), tuple((i, 16, 0.0, True) for i in range(3))),
     "awkward": Group(1001, 1032, (999, 520), ((0, 7, 0.0, True), (1, 24, 0.0, True)), bias=True),
     "llama3-8b-qkv-dropout": Group(4096, 4096, (4096, 1024, 1024), tuple((i, 16, 0.05, True) for i in range(3))),

@@ -105,7 +105,13 @@ def grad_s_b_kernel(
     address, width, scaling = column_pointers(
         c, (b0, b1, b2, b3, b4, b5, b6, b7), (c0, c1, c2, c3, c4, c5, c6, c7), FIRST
     )
-    wide = tl.load(address[None, :] + n[:, None] * width[None, :], mask=(n[:, None] < N) & inside[None, :], other=0.0)
+    begin_row, local = tile.to(tl.int64) * SLICE, tl.arange(0, SLICE)
+    rows_left = N - begin_row
+    wide = tl.load(
+        (address + begin_row * width)[None, :] + local[:, None] * width.to(tl.int32)[None, :],
+        mask=(local[:, None] < rows_left) & inside[None, :],
+        other=0.0,
+    )
     wide = wide.to(tl.float32) * scaling[None, :]
     high = wide.to(s.dtype.element_ty)
     low = (wide - high.to(tl.float32)).to(s.dtype.element_ty)

@@ -106,7 +106,8 @@ def grad_s_b(dys: Sequence[Tensor], b: Sequence[Tensor], owners: Sequence[int], 
     ranks = [first[stop] - first[begin] for begin, stop in zip(own[:-1], own[1:], strict=True)]
     size, widths, rank = dys[0].element_size(), [dys[i].shape[1] for i in used], padded(max(ranks))
     aligned = all(dys[i].shape[1] % 8 == 0 and dys[i].stride(0) % 8 == 0 for i in used)
-    most = 128 if not aligned or size == 4 else 256 if splits[0] and capability(dys[0].device) != 90 else 512
+    roomy = not splits[0] or capability(dys[0].device) == 90 and rank == 16
+    most = 128 if not aligned or size == 4 else 512 if roomy else 256
     widest = min(most, SLICE_REGISTERS // rank, max(64, padded(max(widths))))
     m = dys[0].shape[0]
 

@@ -106,24 +106,29 @@ def test_inputs_with_strides():
 @compiled
 @pytest.mark.parametrize(("name", "most"), [("lora_shrink", 1), ("lora_grad_a", 2), ("lora_grad_s_b", 2)])
 def test_launches_at_real_sizes(name, most):
-    """All adapters of a block's input take one launch forward, two for each gradient."""
+    """All adapters of a block's input take one launch forward (two for few rows), two for each gradient."""
     for sample in OPS[name].workloads(torch.bfloat16, META):
         with record(90) as launches:
             assert OPS[name].impls["triton"].supports(*sample.args) is None
             OPS[name].impls["triton"].fn(*sample.args)
-        assert 1 <= len(launches) <= most, sample.name
+        few = name == "lora_shrink" and sample.args[0].shape[0] < lora_plan.FEW_ROWS
+        assert 1 <= len(launches) <= most + few, sample.name
 
 
 @compiled
 def test_dy_is_read_once_for_less_than_a_second_pass():
-    """Partial sums of the plan cost less than dY itself at every real size, and fewer than eight parts are enough."""
+    """Partial sums of the plan cost less than dY itself, but for few rows, where both are in the cache."""
+    checked = 0
     for sample in OPS["lora_grad_s_b"].workloads(torch.bfloat16, META):
         dys, _, b, _, owners, splits, _ = sample.args
         for capability in (80, 90, 100, 120):
             with record(capability):
                 plan = lora_plan.grad_s_b(dys, b, owners, splits)
-            assert 2 * sum(plan.partials) < sum(2 * dys[i].numel() for i in plan.used) or sample.name == "awkward"
             assert plan.cut.splits <= 8
+            if dys[0].shape[0] >= 4096:
+                assert 2 * sum(plan.partials) < sum(2 * dys[i].numel() for i in plan.used) / 2, sample.name
+                checked += 1
+    assert checked >= 16
 
 
 @compiled
