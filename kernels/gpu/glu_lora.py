@@ -24,11 +24,11 @@ COLS, BLOCK_M, WARPS, REDUCED = 128, 16, 8, 1024  # 12 KB a tile, two programs p
 
 
 @triton.jit
-def _factor(ptr, stride, rows, inside, R: tl.constexpr, RANK: tl.constexpr):
-    """[BLOCK_M, RANK] of a factor [M, R]; zero beyond its rank and rows."""
-    ranks = tl.arange(0, RANK)
-    mask = inside[:, None] & (ranks < R)[None, :]
-    return tl.load(ptr + rows[:, None] * stride + ranks[None, :], mask=mask, other=0.0)
+def _add_product(total, value, ptr, stride, rows, inside, R: tl.constexpr, RANK: tl.constexpr):
+    """total [COLS, RANK] + value^T [COLS, BLOCK_M] x a factor's rows [BLOCK_M, R], zero beyond its rank and rows."""
+    ranks = tl.arange(0, RANK)[None, :]
+    factor = tl.load(ptr + rows * stride + ranks, mask=inside & (ranks < R), other=0.0)
+    return tl.dot(tl.trans(value), factor, total, input_precision="ieee")
 
 
 @triton.jit
@@ -82,26 +82,22 @@ def _glu_bwd_lora(
     dgate_sum = tl.zeros((COLS, RANK), tl.float32)
     dup_sum = tl.zeros((COLS, RANK), tl.float32)
     for step in range(0, part, BLOCK_M):
-        rows = begin + step + tl.arange(0, BLOCK_M)
+        rows = (begin + step + tl.arange(0, BLOCK_M))[:, None]
         inside = rows < end
-        mask = inside[:, None] & (cols < width)[None, :]
-        at = rows[:, None]
-        gate = tl.load(gate_ptr + at * gate_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + at * up_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        dh = tl.load(dh_ptr + at * dh_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        mask = inside & (cols < width)[None, :]
+        gate = tl.load(gate_ptr + rows * gate_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + rows * up_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        dh = tl.load(dh_ptr + rows * dh_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         activated, slope = activate(gate, ACT)
         dgate, dup = (dh * up * slope).to(kind), (dh * activated).to(kind)
-        tl.store(dgate_ptr + at * width + cols[None, :], dgate, mask=mask)
-        tl.store(dup_ptr + at * width + cols[None, :], dup, mask=mask)
+        tl.store(dgate_ptr + rows * width + cols[None, :], dgate, mask=mask)
+        tl.store(dup_ptr + rows * width + cols[None, :], dup, mask=mask)
         if R_A:
-            ds = _factor(ds_ptr, ds_stride, rows, inside, R_A, RANK)
-            da = tl.dot(tl.trans((activated * up).to(kind)), ds, da, input_precision="ieee")
+            da = _add_product(da, (activated * up).to(kind), ds_ptr, ds_stride, rows, inside, R_A, RANK)
         if R_GATE:
-            s_gate = _factor(s_gate_ptr, s_gate_stride, rows, inside, R_GATE, RANK)
-            dgate_sum = tl.dot(tl.trans(dgate), s_gate, dgate_sum, input_precision="ieee")
+            dgate_sum = _add_product(dgate_sum, dgate, s_gate_ptr, s_gate_stride, rows, inside, R_GATE, RANK)
         if R_UP:
-            s_up = _factor(s_up_ptr, s_up_stride, rows, inside, R_UP, RANK)
-            dup_sum = tl.dot(tl.trans(dup), s_up, dup_sum, input_precision="ieee")
+            dup_sum = _add_product(dup_sum, dup, s_up_ptr, s_up_stride, rows, inside, R_UP, RANK)
     if R_A:
         _keep(part_a_ptr, da, cols, width, split, R_A, RANK, True)
     if R_GATE:

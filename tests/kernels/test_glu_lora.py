@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+import fuselora.functional  # noqa: F401  (registers every op)
 from fuselora.kernels import glu_lora
 from fuselora.kernels.glu_lora import GLU_BWD_LORA
 from fuselora.kernels.gpu.launch import interpreting
