@@ -144,6 +144,21 @@ def project(
     return torch.ops.fuselora.lora_project(x, weights, biases, s, b, scalings, owners, splits)
 
 
+def route_mask(routes: Tensor, rows: int, ranks: Sequence[int]) -> Tensor:
+    """[M, sum r], true where a row's own adapter has its columns of S: all that adapter-homogeneous rows need.
+
+    S with the other columns at zero goes through the same GEMMs as S of several adapters at once, so the masked forward
+    and backward are those of each row's own adapter. They cost K + sum r instead of K + r: 1.6 % for four of rank 16.
+
+    Args:
+        routes: [B] index of each sample's adapter, -1 for none; a sample has M / B rows.
+    """
+    owner = torch.repeat_interleave(
+        torch.arange(len(ranks), device=routes.device), torch.tensor(list(ranks), device=routes.device)
+    )
+    return routes.repeat_interleave(rows // max(1, routes.numel())).unsqueeze(1) == owner
+
+
 def add_delta(y: Tensor, s: Tensor, loras: Sequence[LoRA]) -> Tensor:
     """y + sum_j S_j (c_j B_j)^T + c_j bias_j for a base layer that has computed y [M, N] by itself."""
     splits, ranks = [lora.split for lora in loras], [lora.b.shape[1] for lora in loras]
@@ -161,8 +176,10 @@ def low_rank_backward(
     s: Tensor | None,
     needs: Sequence[Projection],
     need_dx: bool,
+    routed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, list[LoRA]]:
-    """(dX, X, each adapter's gradients but its bias's); ``weights`` is empty below an opaque base layer."""
+    """(dX, X, each adapter's gradients but its bias's); ``weights`` is empty below an opaque base layer, ``routed`` the
+    ``route_mask`` where rows have adapters of their own."""
     loras, owners = all_adapters(projections)
     wanted, _ = all_adapters(needs)
     a, ps, splits = [lora.a for lora in loras], [lora.p for lora in loras], [lora.split for lora in loras]
@@ -174,6 +191,7 @@ def low_rank_backward(
     if loras:
         b, scalings = [lora.b for lora in loras], [lora.scaling for lora in loras]
         ds, dbs = ops.lora_grad_s_b(list(dys), s, b, scalings, owners, splits, need_b)
+        ds = ds if routed is None else ds * routed
     if need_dx:
         dx = ops.lora_grad_x(list(dys) if weights else [], list(weights), ds, a, seeds, ps, splits)
     if not isinstance(x, Tensor):

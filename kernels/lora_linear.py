@@ -26,6 +26,7 @@ from .lora import (
     no_autocast,
     project,
     projections_backward,
+    route_mask,
     shrink,
 )
 from .nf4 import Quantized4bit, check_quantized
@@ -119,29 +120,36 @@ class _LoRADelta(torch.autograd.Function):
     """The tensors are those of one projection without weight and bias."""
 
     @staticmethod
-    def forward(ctx, y, x, static, *tensors):
+    def forward(ctx, y, x, routes, static, *tensors):
         (projection,) = unflatten(tensors, static)
         with no_autocast(x):
             x2 = rows(x).to(y.dtype)
             s = shrink(x2, [projection])
+            if routes is not None:
+                s = s * route_mask(routes, s.shape[0], _ranks(projection))
             out = add_delta(rows(y), s, projection.lora)
-        ctx.save_for_backward(x2, s, *tensors)
+        ctx.save_for_backward(x2, s, routes, *tensors)
         ctx.static, ctx.shape, ctx.dtype = static, x.shape, x.dtype
         return unrows(out, y)
 
     @staticmethod
     def backward(ctx, dy):
-        x2, s, *tensors = ctx.saved_tensors
-        (projection,), (need,) = unflatten(tensors, ctx.static), unflatten(ctx.needs_input_grad[3:], ctx.static)
+        x2, s, routes, *tensors = ctx.saved_tensors
+        (projection,), (need,) = unflatten(tensors, ctx.static), unflatten(ctx.needs_input_grad[4:], ctx.static)
         dx = None
         with no_autocast(x2):
             dy2 = rows(dy)
-            dx2, _, grads = low_rank_backward([dy2], [], x2, [projection], s, [need], ctx.needs_input_grad[1])
+            mask = None if routes is None else route_mask(routes, s.shape[0], _ranks(projection))
+            dx2, _, grads = low_rank_backward([dy2], [], x2, [projection], s, [need], ctx.needs_input_grad[1], mask)
             _, dbiases = bias_grads(dy2, None, projection.lora, need)
         if dx2 is not None:
             dx = dx2.view(ctx.shape).to(ctx.dtype)
         grads = [grad._replace(bias=dbias) for grad, dbias in zip(grads, dbiases, strict=True)]
-        return dy, dx, None, *flatten([Projection(None, None, tuple(grads))])[0]
+        return dy, dx, None, None, *flatten([Projection(None, None, tuple(grads))])[0]
+
+
+def _ranks(projection: Projection) -> list[int]:
+    return [one.a.shape[0] for one in adapters(projection.lora)]
 
 
 def check_projection(op: str, name: str, x: Tensor, proj: Projection) -> None:
@@ -198,25 +206,33 @@ def lora_linear(
     return lora_linears(x, [Projection(weight, bias, lora)])[0]
 
 
-def lora_delta(y: Tensor, x: Tensor, lora: LoRA | tuple[LoRA, ...]) -> Tensor:
+def lora_delta(y: Tensor, x: Tensor, lora: LoRA | tuple[LoRA, ...], routes: Tensor | None = None) -> Tensor:
     """y + sum_j scaling_j drop_j(x) A_j^T B_j^T for a base layer that computes y by itself (a quantised one).
 
     Args:
         y: [..., N], the base layer's output; the result has its dtype.
         x: [..., K], the base layer's input.
         lora: one adapter, or several in a tuple.
+        routes: [B] int64, which of them each sample of x [B, ..., K] gets, -1 for none (a batch of mixed adapters);
+            None gives all of them to all samples.
 
     Raises:
-        ValueError: wrong dtype, shape, device or dropout probability, or no adapter.
+        ValueError: wrong dtype, shape, device or dropout probability, no adapter, or a routed one with a bias.
     """
     checks.check_float("lora_delta", "y", y)
     checks.check_float("lora_delta", "x", x)
     check_adapters("lora_delta", "lora", x, lora, y.shape[-1])
     if not adapters(lora):
         raise checks.fail("lora_delta", "lora", "at least one adapter", lora, "use y where no adapter is active")
+    if routes is not None:
+        checks.check_ndim("lora_delta", "routes", routes, 1)
+        checks.check_dim("lora_delta", "routes", routes, 0, x.shape[0])
+        checks.check_same_device("lora_delta", x=x, routes=routes)
+        if any(one.bias is not None for one in adapters(lora)):
+            raise checks.fail("lora_delta", "lora.bias", "None where routes are given", "a bias", "use them one by one")
     loras = tuple(prepare_lora(one, x, y.dtype) for one in adapters(lora))
     tensors, static = flatten([Projection(None, None, loras)])  # type: ignore[arg-type]
-    return _LoRADelta.apply(y, x, static, *tensors)
+    return _LoRADelta.apply(y, x, routes, static, *tensors)
 
 
 def eager_projection(x: Tensor, proj: Projection) -> Tensor:
@@ -227,14 +243,19 @@ def eager_projection(x: Tensor, proj: Projection) -> Tensor:
     return eager_lora_delta(torch.nn.functional.linear(x, weight, proj.bias), x, proj.lora)
 
 
-def eager_lora_delta(y: Tensor, x: Tensor, lora: LoRA | tuple[LoRA, ...] | None) -> Tensor:
+def eager_lora_delta(
+    y: Tensor, x: Tensor, lora: LoRA | tuple[LoRA, ...] | None, routes: Tensor | None = None
+) -> Tensor:
     result = y
-    for one in adapters(lora):
+    for j, one in enumerate(adapters(lora)):
         dropped = x.to(one.a.dtype)
         if one.p > 0.0:
             dropped = dropped * dropout_mask(one.seed, x.shape, one.p, x.device) * (1.0 / (1.0 - one.p))
         low = torch.nn.functional.linear(dropped, one.a)
-        result = result + torch.nn.functional.linear(low, one.b, one.bias) * one.scaling
+        delta = torch.nn.functional.linear(low, one.b, one.bias) * one.scaling
+        if routes is not None:
+            delta = delta * (routes == j).view(-1, *(1,) * (delta.dim() - 1))
+        result = result + delta
     return result.to(y.dtype)
 
 
@@ -305,6 +326,9 @@ def _delta_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]
         lora = projections[0].lora
         y = torch.randn(*x.shape[:-1], adapters(lora)[0].b.shape[0], dtype=dtype, device=device).requires_grad_()
         yield Sample(sample.name, (y, x, lora))
+    several = sample_projection(dtype, device, 24, 40, (4, 8, 3), p=0.2).lora
+    x, y = (torch.randn(5, 3, width, dtype=dtype, device=device).requires_grad_() for width in (40, 24))
+    yield Sample("routed", (y, x, several, torch.tensor([2, 0, -1, 1, 0], device=device)))
 
 
 function(lora_linears, eager=eager_lora_linears, samples=_samples, long_reduction=True)

@@ -106,6 +106,8 @@ class FusedLoRALinear(Fused):
         return _adapters_reason(self)
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if set(kwargs) == {"adapter_names"} and not args:
+            return self.fuse_mixed_batch(x, kwargs["adapter_names"])
         reason = "extra arguments" if args or kwargs else None
         reason = reason or state_reason(self) or (None if x.is_floating_point() else "the input is not floating point")
         names = [] if reason else active_adapters(self)
@@ -131,6 +133,26 @@ class FusedLoRALinear(Fused):
             decline(self, f"the base layer returns {y.dtype} for {x.dtype}")
             return super().forward(x)
         return lora_delta(y, x, tuple(adapters))
+
+    def fuse_mixed_batch(self: Any, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """Every sample of the batch has an adapter of its own, or none (``__base__``)."""
+        self._check_forward_args(x, adapter_names=adapter_names)
+        names = sorted({name for name in adapter_names if name in self.lora_A})
+        adapters = [read_adapter(self, name) for name in names]
+        reason = next((a for a in adapters if isinstance(a, str)), None) or state_reason(self)
+        if reason is None and any(a.bias is not None for a in adapters):
+            reason = "an adapter of a mixed batch has a bias"
+        if reason is None and self.disable_adapters:
+            reason = "adapters are disabled"
+        if reason:
+            decline(self, reason)
+            return super().forward(x, adapter_names=adapter_names)
+        y = self.base_layer(x)
+        if not names:
+            return y
+        index = {name: j for j, name in enumerate(names)}
+        routes = torch.tensor([index.get(name, -1) for name in adapter_names], device=x.device)
+        return lora_delta(y, x, tuple(adapters), routes)
 
 
 class FusedLoRA4bitLinear(FusedLoRALinear):
