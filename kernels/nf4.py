@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from . import checks, native
+from .gpu.launch import interpreting, lazy, refusal
 from .registry import Cost, Sample, define, implement
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -226,6 +227,12 @@ def _workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
             yield Sample(f"{name}-double{double:d}", (*q.operands(), dtype))
 
 
+def _quantize_workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
+    for name, shape in (("llama3-8b-gate", (14336, 4096)), ("qwen3-0.6b-q", (2048, 1024)), ("ragged", (1031, 999))):
+        w = torch.empty(shape, dtype=dtype, device=device)
+        yield Sample(name, (w, torch.empty(16, device=device), 64))
+
+
 def stored_bytes(data: Tensor, absmax: Tensor, absmax2: Tensor | None) -> int:
     """Bytes of one quantised weight, without the tables of 16 and 256 values."""
     extra = 0 if absmax2 is None else absmax2.numel() * 4
@@ -259,6 +266,7 @@ QUANTIZE_4BIT = define(
     fake=_fake_quantize,
     samples=_quantize_samples,
     cost=_cost_quantize,
+    workloads=_quantize_workloads,
 )
 
 
@@ -296,6 +304,19 @@ def _cpu_quantize(w: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tens
 
 implement(DEQUANTIZE_4BIT, "cpu", _cpu, _cpu_supports)
 implement(QUANTIZE_4BIT, "cpu", _cpu_quantize, lambda w, *_: native.unsupported(w))
+
+
+def _triton_supports(data: Tensor, absmax: Tensor, code: Tensor, *rest: object) -> str | None:
+    dtype = rest[-1]
+    if dtype not in checks.FLOATS[:3]:
+        return f"{dtype} has no Triton kernel"
+    if dtype == torch.bfloat16 and interpreting():
+        return "Triton's interpreter truncates bfloat16"
+    return refusal(code)
+
+
+implement(DEQUANTIZE_4BIT, "triton", lazy("nf4", "dequantize_4bit"), _triton_supports)
+implement(QUANTIZE_4BIT, "triton", lazy("nf4", "quantize_4bit"), lambda w, code, _: refusal(w, code))
 QUANTIZE_ABSMAX = define(
     "quantize_absmax(Tensor absmax, Tensor code2, int blocksize2) -> (Tensor codes, Tensor absmax2, Tensor offset)",
     reference=_reference_absmax,
