@@ -68,6 +68,42 @@ def column_pointers(c, pointers, scalings, FIRST: tl.constexpr):
 
 
 @triton.jit
+def owner(tile, ns, COUNT: tl.constexpr, SLICE: tl.constexpr):
+    """(projection, slice of it) of a tile: slices of all projections are numbered through."""
+    i, begin, end = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    for j in tl.static_range(COUNT - 1):
+        end += tl.cdiv(ns[j], SLICE)
+        behind = tile >= end
+        i += behind.to(tl.int32)
+        begin = tl.where(behind, end, begin)
+    return i, tile - begin
+
+
+@triton.jit
+def bases(i, ns, M, FIRST: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr, SLICE: tl.constexpr):
+    """Where projection i's partial sums of dS and dB begin."""
+    ds, db = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    for j in tl.static_range(len(OWN) - 2):
+        rank = FIRST[OWN[j + 1]] - FIRST[OWN[j]]
+        ds += tl.where(i > j, tl.cast(M, tl.int64) * tl.cdiv(ns[j], SLICE) * rank, 0)
+        db += tl.where(i > j, tl.cast(ns[j], tl.int64) * SPLITS * rank, 0)
+    return ds, db
+
+
+@triton.jit
+def scaled_slice(c, inside, start, left, pointers, scalings, FIRST: tl.constexpr, SLICE: tl.constexpr):
+    """fp32 c B of the columns c, rows start .. start + SLICE, of which ``left`` exist."""
+    address, width, scaling = column_pointers(c, pointers, scalings, FIRST)
+    rows = tl.arange(0, SLICE)  # 32-bit offsets from the slice's first row: half the registers of addresses
+    wide = tl.load(
+        (address + start * width)[None, :] + rows[:, None] * width.to(tl.int32)[None, :],
+        mask=(rows[:, None] < left) & inside[None, :],
+        other=0.0,
+    )
+    return wide.to(tl.float32) * scaling[None, :]
+
+
+@triton.jit
 def grad_s_b_kernel(
     dy0, dy1, dy2, dy3, s, ds_parts, db_parts, b0, b1, b2, b3, b4, b5, b6, b7, c0, c1, c2, c3, c4, c5, c6, c7,
     M, n0, n1, n2, n3, stride0, stride1, stride2, stride3, stride_s,
@@ -77,21 +113,9 @@ def grad_s_b_kernel(
 ):  # fmt: skip
     """One slice of one dY and one part of its rows; RANK_LAST: in which order dB [SLICE, r] is multiplied."""
     COUNT: tl.constexpr = len(OWN) - 1
-    part, tile = tl.program_id(1), tl.program_id(0)
-    ns = (n0, n1, n2, n3)
-    i, ds_base, db_base = tl.zeros((), tl.int32), tl.zeros((), tl.int64), tl.zeros((), tl.int64)
-    first_tile, end = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-    for j in tl.static_range(COUNT):
-        tiles = tl.cdiv(ns[j], SLICE)
-        rank = FIRST[OWN[j + 1]] - FIRST[OWN[j]]
-        end += tiles
-        if j < COUNT - 1:
-            behind = tile >= end
-            i += behind.to(tl.int32)
-            first_tile = tl.where(behind, end, first_tile)
-            ds_base += tl.where(behind, tl.cast(M, tl.int64) * tiles * rank, 0)
-            db_base += tl.where(behind, tl.cast(ns[j], tl.int64) * SPLITS * rank, 0)
-    tile -= first_tile
+    part, ns = tl.program_id(1), (n0, n1, n2, n3)
+    i, tile = owner(tl.program_id(0), ns, COUNT, SLICE)
+    ds_base, db_base = bases(i, ns, M, FIRST, OWN, SPLITS, SLICE)
     N = tl.cast(choose(i, ns, COUNT), tl.int64)
     stride = tl.cast(choose(i, (stride0, stride1, stride2, stride3), COUNT), tl.int64)
     if ALIGNED:
@@ -102,17 +126,9 @@ def grad_s_b_kernel(
     c = begin + tl.arange(0, BLOCK_R).to(tl.int64)
     inside = c < stop
     dy = choose(i, (dy0, dy1, dy2, dy3), COUNT) + n[None, :]
-    address, width, scaling = column_pointers(
-        c, (b0, b1, b2, b3, b4, b5, b6, b7), (c0, c1, c2, c3, c4, c5, c6, c7), FIRST
-    )
-    begin_row, local = tile.to(tl.int64) * SLICE, tl.arange(0, SLICE)
-    rows_left = N - begin_row
-    wide = tl.load(
-        (address + begin_row * width)[None, :] + local[:, None] * width.to(tl.int32)[None, :],
-        mask=(local[:, None] < rows_left) & inside[None, :],
-        other=0.0,
-    )
-    wide = wide.to(tl.float32) * scaling[None, :]
+    pointers, scalings = (b0, b1, b2, b3, b4, b5, b6, b7), (c0, c1, c2, c3, c4, c5, c6, c7)
+    start = tile.to(tl.int64) * SLICE
+    wide = scaled_slice(c, inside, start, N - start, pointers, scalings, FIRST, SLICE)
     high = wide.to(s.dtype.element_ty)
     low = (wide - high.to(tl.float32)).to(s.dtype.element_ty)
     rows_each = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLITS) * BLOCK_M
@@ -161,11 +177,7 @@ def grad_s_b_sum_kernel(
     RANK: tl.constexpr = FIRST[len(FIRST) - 1]
     i, block = tl.program_id(1), tl.program_id(0).to(tl.int64)
     ns = (n0, n1, n2, n3)
-    ds_base, db_base = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
-    for j in tl.static_range(COUNT - 1):
-        rank = FIRST[OWN[j + 1]] - FIRST[OWN[j]]
-        ds_base += tl.where(i > j, tl.cast(M, tl.int64) * tl.cdiv(ns[j], SLICE) * rank, 0)
-        db_base += tl.where(i > j, tl.cast(ns[j], tl.int64) * SPLITS * rank, 0)
+    ds_base, db_base = bases(i, ns, M, FIRST, OWN, SPLITS, SLICE)
     N = tl.cast(choose(i, ns, COUNT), tl.int64)
     begin, stop = span(i, FIRST, OWN)
     rank = (stop - begin).to(tl.int64)

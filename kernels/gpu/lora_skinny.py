@@ -312,16 +312,8 @@ def grad_a(
         **constants,
     )
     if split:
-        block = 1024
-        launch(
-            sum_rows_kernel,
-            (first[-1], lora_plan.ceil_div(k, block)),
-            *(parts, *outs, k),
-            options={"num_warps": 4},
-            FIRST=first,
-            SPLITS=cut.splits,
-            BLOCK=block,
-        )
+        grid, shape = (first[-1], lora_plan.ceil_div(k, 1024)), {"FIRST": first, "SPLITS": cut.splits, "BLOCK": 1024}
+        launch(sum_rows_kernel, grid, *(parts, *outs, k), options={"num_warps": 4}, **shape)
     return das
 
 
