@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import glu
 from .gpu.launch import lazy, refusal
+from .lora import Projection, adapters
 from .registry import Cost, Sample, define, implement
 
 MAX_RANK = 32  # three accumulators [I-slice, r] stay in registers
@@ -125,6 +126,15 @@ def _triton_supports(dh: Tensor, gate: Tensor, up: Tensor, act: str, factors, ad
     if any(f is not None and f.shape[1] > MAX_RANK for f in factors):
         return f"an adapter's rank is above {MAX_RANK}"
     return refusal(dh, gate, up, *factors, *adapters, dot=True)
+
+
+def pays(outs: Sequence[Tensor], inputs: Sequence[Projection], down: Projection, need_down: Projection) -> bool:
+    """Whether the backward of an MLP block should use this op: a GPU kernel takes it, and its bytes are the fewer."""
+    loras = [adapters(p.lora) for p in (*inputs, down)]
+    if len(outs) != 2 or not outs[0].is_cuda or outs[0].shape[0] < MIN_ROWS or need_down.weight:
+        return False
+    plain = all(len(own) <= 1 and all(one.a.shape[0] <= MAX_RANK for one in own) for own in loras)
+    return any(loras) and plain and all(one.p == 0.0 for one in loras[-1]) and refusal(*outs, dot=True) is None
 
 
 implement(GLU_BWD_LORA, "triton", lazy("glu_lora", "glu_bwd_lora"), _triton_supports)

@@ -171,7 +171,7 @@ def add_delta(y: Tensor, s: Tensor, loras: Sequence[LoRA]) -> Tensor:
 def low_rank_backward(
     dys: Sequence[Tensor],
     weights: Sequence[Tensor],
-    x: Tensor | Callable[[Tensor], Tensor],
+    x: Tensor | Callable[[Tensor, Tensor | None], Tensor],
     projections: Sequence[Projection],
     s: Tensor | None,
     needs: Sequence[Projection],
@@ -196,7 +196,7 @@ def low_rank_backward(
         dx = ops.lora_grad_x(list(dys) if weights else [], list(weights), ds, a, seeds, ps, splits)
     if not isinstance(x, Tensor):
         assert dx is not None
-        x = x(dx)
+        x = x(dx, ds)
     if any(need_a):
         das = ops.lora_grad_a(ds, x, a, seeds, ps, need_a)
     grads = [
@@ -221,7 +221,7 @@ def bias_grads(dy: Tensor, bias: Tensor | None, loras: Sequence[LoRA], need: Pro
 
 def projections_backward(
     dys: Sequence[Tensor | None],
-    x: Tensor | Callable[[Tensor], Tensor],
+    x: Tensor | Callable[[Tensor, Tensor | None], Tensor],
     projections: Sequence[Projection],
     s: Tensor | None,
     needs: Sequence[Projection],
@@ -232,8 +232,8 @@ def projections_backward(
 
     Args:
         dys: [M, N_i] each; None for an output that nobody used.
-        x: [M, K], or a function that is given dX and returns X: the GLU's backward rebuilds H in the pass that consumes
-            dH, so the down projection's H exists only from there on. Needs ``need_dx``.
+        x: [M, K], or a function that is given dX and dS and returns X: the GLU's backward rebuilds H in the pass that
+            consumes dH, so the down projection's H exists only from there on. Needs ``need_dx``.
         needs: flags in the tensors' places.
         weights: the ``dense_weights`` of all projections if they are there already.
     """

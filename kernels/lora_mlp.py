@@ -13,13 +13,24 @@ GEMM's output. Numerics and dtypes as in lora.py and glu.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from . import checks, glu
-from .lora import Projection, compute_dtype, no_autocast, project, projections_backward, shrink
+from . import checks, glu, glu_lora
+from .lora import (
+    LoRA,
+    Projection,
+    adapters,
+    compute_dtype,
+    dense_weights,
+    kept_weights,
+    no_autocast,
+    project,
+    projections_backward,
+    shrink,
+)
 from .lora_linear import (
     check_projection,
     eager_projection,
@@ -38,41 +49,106 @@ class _LoRAMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, act, dtype, static, *tensors):
-        *inputs, down = unflatten(tensors, static)
+        projections = unflatten(tensors, static)
+        *inputs, down = projections
         with no_autocast(x):
             x2 = rows(x).to(dtype)
             s = shrink(x2, inputs)
-            outs = project(x2, inputs, s)
+            weights = dense_weights(projections, dtype)
+            outs = project(x2, inputs, s, weights[:-1])
             gate, up = outs if len(outs) == 2 else outs[0].chunk(2, dim=-1)
             h = torch.ops.fuselora.glu(gate, up, act)
             s_down = shrink(h, [down])
-            (y,) = project(h, [down], s_down)
+            (y,) = project(h, [down], s_down, weights[-1:])
             y = unrows(y, x)
-        ctx.save_for_backward(x2, s, s_down, *outs, *tensors)
-        ctx.act, ctx.static, ctx.shape, ctx.dtype = act, static, x.shape, x.dtype
+        kept = kept_weights(projections, weights)
+        ctx.save_for_backward(x2, s, s_down, *outs, *kept, *tensors)
+        ctx.act, ctx.static, ctx.shape, ctx.dtype, ctx.kept = act, static, x.shape, x.dtype, len(kept)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         n = len(ctx.static) - 1
         x2, s, s_down, *rest = ctx.saved_tensors
-        outs = rest[:n]
-        *inputs, down = unflatten(rest[n:], ctx.static)
+        outs, weights, tensors = rest[:n], rest[n : n + ctx.kept], rest[n + ctx.kept :]
+        *inputs, down = unflatten(tensors, ctx.static)
         *needs, need_down = unflatten(ctx.needs_input_grad[4:], ctx.static)
-        need_h = bool(need_down.weight) or any(need.a for need in need_down.lora)
         with no_autocast(x2):
-            douts: list[Tensor] = []
-
-            def rebuild_h(dh: Tensor) -> Tensor:
-                backward = torch.ops.fuselora.glu_bwd if n == 2 else torch.ops.fuselora.glu_packed_bwd
-                *grads, h = backward(dh, *outs, ctx.act, need_h)
-                douts.extend(grads)
-                return h
-
-            _, down_grads = projections_backward([rows(dy)], rebuild_h, [down], s_down, [need_down], True)
-            dx, grads = projections_backward(douts, x2, inputs, s, needs, ctx.needs_input_grad[0])
+            glu_backward = _GluBackward(ctx.act, outs, s, inputs, down, needs, need_down)
+            _, down_grads = projections_backward(
+                [rows(dy)], glu_backward, [down], s_down, [glu_backward.need_down], True, weights[-1:]
+            )
+            dx, grads = projections_backward(
+                glu_backward.douts, x2, inputs, s, glu_backward.needs, ctx.needs_input_grad[0], weights[:-1]
+            )
+        grads = glu_backward.complete([*grads, *down_grads])
         dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtype)
-        return dx, None, None, None, *flatten(grads + down_grads)[0]
+        return dx, None, None, None, *flatten(grads)[0]
+
+
+class _GluBackward:
+    """The pass between the down projection's backward and that of gate and up: given dH (and dS of down), it leaves
+    dgate and dup in ``douts`` and returns H. Where it pays, the same pass makes the adapter gradients of H, dgate
+    and dup (``glu_lora.py``): then H is never written, ``needs`` asks the two sides not to make them, and ``complete``
+    puts them in place.
+    """
+
+    def __init__(
+        self,
+        act: str,
+        outs: Sequence[Tensor],
+        s: Tensor | None,
+        inputs: Sequence[Projection],
+        down: Projection,
+        needs: Sequence[Projection],
+        need_down: Projection,
+    ) -> None:
+        self.act, self.outs, self.s, self.inputs, self.down = act, list(outs), s, inputs, down
+        self.needs, self.need_down, self.wanted = list(needs), need_down, [*needs, need_down]
+        self.douts: list[Tensor] = []
+        self.fused: list[Tensor] | None = None
+        self.fuse = glu_lora.pays(outs, inputs, down, need_down)
+        if self.fuse:
+            self.needs = [need._replace(lora=_without(need, "b")) for need in needs]
+            self.need_down = need_down._replace(lora=_without(need_down, "a"))
+
+    def __call__(self, dh: Tensor, ds: Tensor | None) -> Tensor:
+        if self.fuse:
+            dgate, dup, self.fused = torch.ops.fuselora.glu_bwd_lora(dh, *self.outs, self.act, *self._factors(ds))
+            self.douts = [dgate, dup]
+            return dh  # no gradient that is left needs H
+        need_h = bool(self.need_down.weight) or any(need.a for need in adapters(self.need_down.lora))
+        backward = torch.ops.fuselora.glu_bwd if len(self.outs) == 2 else torch.ops.fuselora.glu_packed_bwd
+        *self.douts, h = backward(dh, *self.outs, self.act, need_h)
+        return h
+
+    def _factors(self, ds: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None], list[float]]:
+        """dS_down, S_gate, S_up; A_down, B_gate, B_up; the scalings; None for what is not needed."""
+        loras = [next(iter(adapters(p.lora)), None) for p in (self.down, *self.inputs)]
+        needs = [next(iter(adapters(need.lora)), None) for need in (self.wanted[-1], *self.wanted[:-1])]
+        ranks = [lora.a.shape[0] for lora in loras[1:] if lora is not None]
+        columns_of = iter(() if self.s is None else self.s.split(ranks, dim=1))
+        factors = [ds, *(None if lora is None else next(columns_of) for lora in loras[1:])]
+        wanted = [need is not None and bool(need.a if i == 0 else need.b) for i, need in enumerate(needs)]
+        chosen = [factor if wants else None for factor, wants in zip(factors, wanted, strict=True)]
+        tensors = [None if lora is None else (lora.a if i == 0 else lora.b) for i, lora in enumerate(loras)]
+        scalings = [1.0, *(1.0 if lora is None else lora.scaling for lora in loras[1:])]
+        return chosen, [t if f is not None else None for t, f in zip(tensors, chosen, strict=True)], scalings
+
+    def complete(self, grads: list[Projection]) -> list[Projection]:
+        """The gradients of (gate, up, down) with those that this pass made."""
+        if self.fused is None:
+            return grads
+        da_down, db_gate, db_up = (grad if grad.numel() else None for grad in self.fused)
+        parts = ({"b": db_gate}, {"b": db_up}, {"a": da_down})
+        return [
+            grad._replace(lora=tuple(one._replace(**part) for one in adapters(grad.lora)))
+            for grad, part in zip(grads, parts, strict=True)
+        ]
+
+
+def _without(need: Projection, factor: str) -> tuple[LoRA, ...]:
+    return tuple(one._replace(**{factor: False}) for one in adapters(need.lora))
 
 
 def _apply(x: Tensor, inputs: list[Projection], down: Projection, act: str) -> Tensor:

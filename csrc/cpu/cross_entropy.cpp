@@ -120,7 +120,9 @@ void process_row(const CrossEntropy& a, int64_t i) {
   const Sums sums = row.sums(top, smoothing != 0 || a.entropy || a.dentropy);
   const float log_sum = logf(sums.exps), lse = top + log_sum, surprise = sums.surprise / sums.exps;
   // top - picked is exact for a confident row, lse - picked is not.
-  a.loss[i] = (top - picked) + log_sum + smoothing * (picked - sums.logits / float(a.cols)) + a.z_loss * lse * lse;
+  // Without smoothing a label at -inf has the loss inf, as stock, and not 0 * inf.
+  const float smoothed = smoothing != 0 ? smoothing * (picked - sums.logits / float(a.cols)) : 0.f;
+  a.loss[i] = (top - picked) + log_sum + smoothed + a.z_loss * lse * lse;
   a.lse[i] = lse;
   if (a.entropy) a.entropy[i] = surprise + log_sum;
   if (!dx) return;

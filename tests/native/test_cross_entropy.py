@@ -144,3 +144,9 @@ def test_reasons_and_bad_arguments():
         native_rows(x, labels, PLAIN)
     with pytest.raises(RuntimeError, match="dx without upstream"):
         native_rows(x, labels, PLAIN, dx=x)
+
+
+def test_a_label_at_minus_infinity_has_an_infinite_loss():
+    x = torch.tensor([[0.0, -torch.inf, 1.0]])
+    loss, _ = torch.ops.fuselora.cross_entropy_rows(x, torch.tensor([1]), -100, 0.0, 0.0, 1.0, 0.0)
+    assert loss.item() == torch.inf
