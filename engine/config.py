@@ -41,6 +41,14 @@ class Config:
     bf16: bool = _key("model", False, "Base model in bfloat16; adapter weights and optimizer state stay fp32.")
     pure_bf16: bool = _key("model", False, "Adapter and optimizer state in bfloat16 too.")
     fp16: bool = _key("model", False, "Not supported: needs loss scaling.")
+    quantization_bit: int | None = _key(
+        "model",
+        None,
+        "Base linears but the head in 4 bits (QLoRA) or 8 bits (LLM.int8), by bitsandbytes; unset: dense.",
+    )
+    quantization_type: str = _key("model", "nf4", "The 16 values of 4-bit weights.", ("nf4", "fp4"))
+    double_quantization: bool = _key("model", True, "Quantise the scales of 4-bit weights too.")
+    quantization_method: str = _key("model", "bnb", "Only bitsandbytes, also as bnb.")
     cpu_threads: int | None = _key("model", None, "CPU threads; unset: PyTorch's choice, every core.")
     use_cpu: bool = _key("model", False, "Train on the CPU although an accelerator is there.")
 
@@ -282,6 +290,10 @@ def _check_supported(config: Config) -> None:
     for key, (want, remedy) in supported.items():
         if getattr(config, key) != want:
             raise expected(key, _yaml(want), _yaml(getattr(config, key)), remedy)
+    if config.quantization_bit not in (None, 4, 8):
+        raise expected("quantization_bit", "null, 4 or 8", config.quantization_bit, "choose one of those")
+    if config.quantization_method.lower() not in ("bnb", "bitsandbytes"):
+        raise expected("quantization_method", "bnb", config.quantization_method, "others do not exist here yet")
 
 
 def _check_ranges(config: Config) -> None:

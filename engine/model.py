@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,10 +15,11 @@ from fuselora.engine import quickstart
 from fuselora.engine.chat import Example
 from fuselora.engine.config import Config
 from fuselora.engine.errors import UserError, expected, first_line
+from fuselora.engine.kbit import keep_weights_in_place, misread_on_cpu
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Any one of these makes a folder loadable as a tokenizer; without one, AutoTokenizer invents an empty vocabulary.
 TOKENIZER_FILES = (
@@ -32,10 +35,11 @@ ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_at
 
 
 def quiet_libraries() -> None:
-    """Turn off progress bars and deprecation notes of the libraries below; for a program's main, not for libraries."""
-    from transformers.utils import logging
+    """Turn off progress bars and notes of the libraries below; for a program's main, not for libraries."""
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it writes a line for every call of an 8-bit layer
     warnings.simplefilter("ignore", FutureWarning)
 
 
@@ -98,26 +102,62 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
 def load_base(base: str, config: Config, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    quantization = quantization_config(config, dtype)
+    placed = {} if quantization is None else {"device_map": {"": pick_device(config)}}  # it is quantised where it lands
     try:
         return AutoModelForCausalLM.from_pretrained(
             base,
             dtype=dtype,
+            quantization_config=quantization,
             attn_implementation=ATTENTION[config.flash_attn],
             trust_remote_code=config.trust_remote_code,
             cache_dir=_hub_cache(config),
+            **placed,
         )
     except (OSError, ValueError, ImportError) as error:
         raise _unloadable("model", base, error) from error
 
 
+def quantization_config(config: Config, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What transformers hands to bitsandbytes. 4-bit layers compute in the model's dtype: a step in fp32 is several
+    times slower and makes every fused block cast."""
+    if config.quantization_bit is None:
+        return None
+    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise expected(
+            "quantization_bit",
+            "bitsandbytes and accelerate to be installed",
+            f"{config.quantization_bit} without {' and '.join(missing)}",
+            "run: pip install 'fuselora[quant]'",
+        )
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization_bit == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type=config.quantization_type,
+        bnb_4bit_use_double_quant=config.double_quantization,
+    )
+
+
 def build_model(base: str, config: Config) -> PeftModel:
-    """Base model in its compute dtype with a fresh adapter; with bf16, PEFT keeps the adapter's weights in fp32."""
+    """Base model in its compute dtype with a fresh adapter; with bf16, PEFT keeps the adapter's weights in fp32.
+
+    A quantised base keeps norms, embeddings and head in that dtype: PEFT's ``prepare_model_for_kbit_training`` would
+    turn them and with them the residual stream to fp32, though norms compute in fp32 inside anyway.
+    """
     from peft import get_peft_model
 
     torch.manual_seed(config.seed)
     dtype = torch.bfloat16 if config.bf16 or config.pure_bf16 else torch.float32
-    model = load_base(base, config, dtype)
+    model: Any = load_base(base, config, dtype)
     model.config.use_cache = False
+    if config.quantization_bit == 4:
+        _check_readable(model, config)
+        keep_weights_in_place(model)
     if config.checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": config.use_reentrant_gc})  # the first name came with transformers 5.2x
@@ -127,7 +167,18 @@ def build_model(base: str, config: Config) -> PeftModel:
         model = get_peft_model(model, lora_config(config), autocast_adapter_dtype=not config.pure_bf16)
     except ValueError as error:  # PEFT names the modules it looked for
         raise UserError(f"lora_target: {first_line(error)}") from error
-    return model.to(pick_device(config))
+    return model if config.quantization_bit else model.to(pick_device(config))
+
+
+def _check_readable(model: PreTrainedModel, config: Config) -> None:
+    name = misread_on_cpu(model)
+    if name is not None and not config.fuse:
+        raise expected(
+            "fuse",
+            "true with 4-bit linears on a CPU whose input width is no multiple of 64",
+            f"false, where bitsandbytes computes {name} wrongly",
+            "set fuse: true",
+        )
 
 
 def check_vocabulary(model: PeftModel, examples: Sequence[Example]) -> None:

@@ -14,6 +14,7 @@ from fuselora.engine.checkpoint import PREFIX
 from fuselora.engine.config import Config, config_yaml
 from fuselora.engine.data import Conversation
 from fuselora.engine.errors import UserError, expected
+from fuselora.engine.kbit import dequantize_linears
 from fuselora.engine.model import load_base, pick_device
 from fuselora.engine.patch import patch_model
 
@@ -91,11 +92,24 @@ def wants_check(config: Config, model: torch.nn.Module) -> bool:
 def check_adapter(
     config: Config, base: str, tokenizer: PreTrainedTokenizerBase, conversation: Conversation
 ) -> AdapterCheck:
-    """Load base and saved adapter afresh with stock PEFT, answer one instruction, then patch and compare the logits."""
+    """Load base and saved adapter afresh with stock PEFT, answer one instruction, then patch and compare the logits.
+
+    Stock PEFT gets a 4-bit base dequantised, so that the logits are those of the formula: bitsandbytes' own code for
+    CPUs differs from it where rows are no whole blocks.
+    """
     from peft import PeftModel
 
     device = pick_device(config)
-    stock = PeftModel.from_pretrained(load_base(base, config, torch.float32), config.output_dir).to(device).eval()
+
+    def load(dequantize: bool) -> Any:
+        model: Any = load_base(base, config, torch.float32)
+        if dequantize:
+            dequantize_linears(model, torch.float32)
+        model = PeftModel.from_pretrained(model, config.output_dir)
+        return (model if config.quantization_bit else model.to(device)).eval()
+
+    quantized = config.quantization_bit == 4
+    stock = load(dequantize=quantized)
     prompt = torch.tensor([prompt_ids(conversation, tokenizer)], device=device)
     ids = stock.generate(
         input_ids=prompt,
@@ -107,6 +121,7 @@ def check_adapter(
     difference = None
     if config.fuse:
         stock_logits = stock(input_ids=ids).logits
-        difference = (patch_model(stock)(input_ids=ids).logits - stock_logits).abs().max().item()
-    sample = tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
+        patched = patch_model(load(dequantize=False) if quantized else stock)
+        difference = (patched(input_ids=ids).logits - stock_logits).abs().max().item()
+    (sample,) = tokenizer.batch_decode(ids[:, prompt.shape[1] :], skip_special_tokens=True)
     return AdapterCheck(conversation[-2]["content"], conversation[-1]["content"], sample, difference)

@@ -90,6 +90,9 @@ def test_required(key):
         {"eval_dataset": "x", "val_size": 0.1},
         {"bf16": True, "pure_bf16": True},
         {"eval_strategy": "steps"},
+        {"quantization_bit": 2},
+        {"quantization_type": "int4"},
+        {"quantization_method": "hqq"},
     ],
     ids=lambda keys: "+".join(keys),
 )

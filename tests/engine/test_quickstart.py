@@ -120,5 +120,5 @@ def test_cache_follows_xdg(monkeypatch, tmp_path):
 
 
 def test_example_configurations_load():
-    for name in ("quickstart", "lora_sft"):
+    for name in ("quickstart", "lora_sft", "qlora"):
         load_config([f"examples/{name}.yaml"])
