@@ -1,5 +1,5 @@
 # `make train` and `make test` start from a bare machine: git, python3 (3.11 to 3.13), a C++ compiler, a package index.
-# Another interpreter: make PYTHON=python3.12 ... ; an environment that is already there: make gpu PY=python3
+# Another interpreter: make PYTHON=python3.12 ... ; an environment that is already there: make gpu PYTHON=python3
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +20,7 @@ else
 SETUP := $(VENV)/.installed
 endif
 
-.PHONY: setup train test aot test-peft test-transformers test-compat bench lint format native gpu clean
+.PHONY: setup train test aot test-peft test-transformers test-compat bench lint format native gpu gpu-smoke clean
 
 setup: $(SETUP)
 
@@ -94,12 +94,23 @@ native: $(SETUP)
 	cmake --build build/native --parallel
 	ctest --test-dir build/native --output-on-failure
 
-# On a CUDA machine: build with nvcc, the GPU tests, then the step benchmark, as JSON under build/gpu.
-gpu: native
-	mkdir -p build/gpu
-	$(PY) -m fuselora env | tee build/gpu/env.txt
-	$(PY) -m pytest -m gpu --junit-xml build/gpu/tests.xml
-	$(PY) bench/train_step.py --preset gpu --json build/gpu/train_step.json
+# On a CUDA machine: build, GPU tests, measurements, in order of priority within BUDGET seconds; JSON under build/gpu.
+# Given PYTHON on the command line, that interpreter runs them with what it has, and nothing is installed.
+BUDGET ?= 540
+ifeq ($(origin PYTHON),command line)
+gpu gpu-smoke: GPU_PY := $(PYTHON)
+gpu gpu-smoke:
+else
+gpu gpu-smoke: GPU_PY := $(PY)
+gpu gpu-smoke: $(SETUP)
+endif
+
+gpu:
+	$(GPU_PY) bench/gpu_suite.py --budget $(BUDGET)
+
+# The same stages on tiny sizes, without a GPU.
+gpu-smoke:
+	$(GPU_PY) bench/gpu_suite.py --device cpu --smoke --out build/gpu-smoke
 
 clean:
 	rm -rf build dist saves $(VENV) $(COMPAT) python/fuselora/_lib python/fuselora.egg-info

@@ -7,6 +7,7 @@
     build     native code (cmake; nvcc where it is), ``fuselora env``
     tests     the GPU-marked tests
     first     the measurements that settle design choices (first_run.py)
+    choices   which LoRA GEMM wins at which shape, as a new choice table (choose_gemm.py)
     layer     one Llama-3-8B decoder layer: time, launches, saved bytes (layer.py)
     kernels   every op and function against its rivals (op_times.py)
     steps     whole training steps against stock PEFT and torch.compile (train_step.py)
@@ -34,7 +35,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # Share of the time left that a stage may take, in order of priority.
-STAGES = {"build": 0.2, "tests": 0.45, "first": 0.2, "layer": 0.2, "kernels": 0.5, "steps": 1.0}
+STAGES = {"build": 0.2, "tests": 0.45, "first": 0.2, "choices": 0.15, "layer": 0.2, "kernels": 0.5, "steps": 1.0}
+MEASURED = {"first": "first_run.py", "choices": "choose_gemm.py", "layer": "layer.py", "kernels": "op_times.py"}
 # preset, more arguments, seconds it is expected to take on an H200; what does not fit is skipped and said.
 STEP_RUNS = (
     ("llama-3-8b", ("--checkpointing", "--rounds", "5"), 100),
@@ -91,7 +93,7 @@ class Suite:
         return self.run("tests", [*command, "--junit-xml", str(self.out / "tests.xml")], limit)
 
     def measured(self, name: str, limit: float) -> bool:
-        script = {"first": "first_run.py", "layer": "layer.py", "kernels": "op_times.py"}[name]
+        script = MEASURED[name]
         command = [sys.executable, f"bench/{script}", "--out", str(self.out), "--device", self.args.device]
         command += ["--budget", f"{max(1.0, limit - 10):.0f}", *(["--smoke"] if self.args.smoke else [])]
         return self.run(name, command, limit)
@@ -117,9 +119,7 @@ class Suite:
             if self.args.only and name not in self.args.only:
                 continue
             limit = max(5.0, self.left * share)
-            ok = (
-                self.measured(name, limit) if name in ("first", "layer", "kernels") else getattr(self, name)(limit)
-            ) and ok
+            ok = (self.measured(name, limit) if name in MEASURED else getattr(self, name)(limit)) and ok
         table = suite_table.table(self.out)
         (self.out / "table.txt").write_text(table + "\n")
         print(table, flush=True)

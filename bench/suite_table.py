@@ -12,7 +12,7 @@ from typing import Any
 def table(folder: Path) -> str:
     """What was measured, one line each; stages without a record are left out, missing rivals are named."""
     lines: list[str] = []
-    for name, render in (("first", _first), ("layer", _layer), ("kernels", _kernels)):
+    for name, render in (("first", _first), ("choices", _choices), ("layer", _layer), ("kernels", _kernels)):
         path = folder / f"{name}.json"
         if path.exists():
             record = json.loads(path.read_text())
@@ -37,6 +37,15 @@ def _first(record: dict[str, Any]) -> Iterator[str]:
             yield f"  {e['name']:44} {e['value']:8.3f}  predicted {low} to {high}: {'held' if e['held'] else 'MISSED'}"
         else:
             yield f"  {e['name']:44} {e.get('missing') or e.get('error')}"
+
+
+def _choices(record: dict[str, Any]) -> Iterator[str]:
+    for e in record["entries"]:
+        if "winner" in e:
+            times = f"addmm {1e3 * e['addmm']:7.3f} ms, triton {1e3 * e['triton']:7.3f} ms"
+            yield f"  {e['name']:56} {times}, bare {1e3 * e['bare_s']:7.3f} ms: {e['winner']}"
+        else:
+            yield f"  {e['name']:56} {e.get('missing') or e.get('error')}"
 
 
 def _layer(record: dict[str, Any]) -> Iterator[str]:

@@ -20,7 +20,7 @@ BENCH = Path(gpu_suite.__file__).parent
 
 
 def test_smoke_run_on_cpu_records_every_stage(tmp_path):
-    stages = ("first", "layer", "kernels", "steps")
+    stages = ("first", "choices", "layer", "kernels", "steps")
     command = [sys.executable, str(BENCH / "gpu_suite.py"), "--out", str(tmp_path), "--device", "cpu", "--smoke"]
     run = subprocess.run(
         [*command, "--budget", "500", *(f"--only={stage}" for stage in stages)], capture_output=True, text=True
@@ -28,7 +28,7 @@ def test_smoke_run_on_cpu_records_every_stage(tmp_path):
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     suite = json.loads((tmp_path / "suite.json").read_text())
     assert {name: result["runs"][0]["ended"] for name, result in suite.items()} == dict.fromkeys(stages, "ok")
-    for name in ("first", "layer", "kernels"):
+    for name in ("first", "choices", "layer", "kernels"):
         record = json.loads((tmp_path / f"{name}.json").read_text())
         assert record["smoke"] and record["entries"] and not record["skipped"]
         assert record["machine"].keys() == {"copy_bytes_per_s", "matmul_flop_per_s"}
