@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fuselora.engine.patch.quantized import base_in_compute_dtype, is_4bit
 from fuselora.engine.patch.state import (
     active_adapters,
     bypass_reason,
@@ -128,11 +129,15 @@ class FusedLoRALinear(Fused):
         projections = read_projections(x, self)
         if not isinstance(projections, str):
             return lora_linear(x, *projections[0])
-        y = self.base_layer(x)
+        y = self.fuse_base(x)
         if not y.is_floating_point() or y.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             decline(self, f"the base layer returns {y.dtype} for {x.dtype}")
             return super().forward(x)
         return lora_delta(y, x, tuple(adapters))
+
+    def fuse_base(self: Any, x: Tensor) -> Tensor:
+        """The base layer's output, where the low-rank part is added behind it."""
+        return self.base_layer(x)
 
     def fuse_mixed_batch(self: Any, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Every sample of the batch has an adapter of its own, or none (``__base__``)."""
@@ -147,7 +152,7 @@ class FusedLoRALinear(Fused):
         if reason:
             decline(self, reason)
             return super().forward(x, adapter_names=adapter_names)
-        y = self.base_layer(x)
+        y = self.fuse_base(x)
         if not names:
             return y
         index = {name: j for j, name in enumerate(names)}
@@ -159,6 +164,11 @@ class FusedLoRA4bitLinear(FusedLoRALinear):
     """peft's LoRA on bitsandbytes' 4-bit linear: dequantised by us, then as on a dense one."""
 
     fuse_ops = ("dequantize_4bit", *FusedLoRALinear.fuse_ops)
+
+    def fuse_base(self: Any, x: Tensor) -> Tensor:
+        readable = is_4bit(type(self.base_layer)) and bypass_reason(self.base_layer) is None
+        y = base_in_compute_dtype(x, self.base_layer) if readable else None
+        return self.base_layer(x) if y is None else y
 
 
 class FusedOpaqueLoRALinear(FusedLoRALinear):

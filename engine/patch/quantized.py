@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fuselora.kernels.lora import Projection
+from fuselora.kernels.lora_linear import lora_linear
 from fuselora.kernels.nf4 import Quantized4bit
 
 LINEARS_4BIT = {f"bitsandbytes.nn.modules:{name}" for name in ("Linear4bit", "LinearNF4", "LinearFP4")}
@@ -54,17 +55,47 @@ def read_4bit(module: Any) -> Projection | str:
     )
 
 
-def compute_reason(x: Tensor, module: Any) -> str | None:
-    """Why a 4-bit linear does not compute in x's dtype, or None."""
+def computes_in(x: Tensor, module: Any) -> torch.dtype:
+    """The dtype in which a 4-bit linear multiplies. Left open, it becomes that of the first input if fp32 or bf16."""
+    follows = not module.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16)
+    return x.dtype if follows or module.compute_dtype is None else module.compute_dtype
+
+
+def _autocast_reason(x: Tensor) -> str | None:
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
         return f"under autocast a 4-bit layer takes {x.dtype} and gives {x.dtype} back"
-    # Left open, the compute dtype becomes that of the first input if it is fp32 or bf16.
-    follows = not module.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16)
-    computes = x.dtype if follows or module.compute_dtype is None else module.compute_dtype
-    if computes != x.dtype:
-        return f"the input is {x.dtype}, bnb_4bit_compute_dtype {computes}"
-    stored = module.weight.quant_state.dtype
-    if stored not in (x.dtype, torch.float32):
-        return f"the weight was quantised from {stored} and rounds through it; the input is {x.dtype}"
     return None
+
+
+def _storage_reason(module: Any, computes: torch.dtype) -> str | None:
+    stored = module.weight.quant_state.dtype
+    if stored in (computes, torch.float32):
+        return None
+    return f"the weight was quantised from {stored} and rounds through it; the layer computes in {computes}"
+
+
+def compute_reason(x: Tensor, module: Any) -> str | None:
+    """Why a 4-bit linear does not compute in x's dtype, or None."""
+    if reason := _autocast_reason(x):
+        return reason
+    computes = computes_in(x, module)
+    if computes == x.dtype:
+        return _storage_reason(module, computes)
+    casts = f"the input is {x.dtype}, bnb_4bit_compute_dtype {computes}: every linear casts its input and its output"
+    if computes.itemsize < x.dtype.itemsize:
+        return (
+            f"{casts}; where peft.prepare_model_for_kbit_training turned norms and embeddings to fp32, "
+            "fuselora.prepare_kbit keeps their dtype"
+        )
+    return f"{casts}; fuselora.prepare_kbit(model, compute_dtype={x.dtype}) avoids it"
+
+
+def base_in_compute_dtype(x: Tensor, module: Any) -> Tensor | None:
+    """The layer's y where it casts its input to compute, in x's dtype; None where bitsandbytes must do it."""
+    projection = read_4bit(module)
+    computes = computes_in(x, module)
+    if isinstance(projection, str) or _autocast_reason(x) or _storage_reason(module, computes):
+        return None
+    bias = None if projection.bias is None else projection.bias.to(computes)
+    return lora_linear(x.to(computes), projection.weight, bias).to(x.dtype)

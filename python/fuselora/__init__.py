@@ -17,6 +17,7 @@ from fuselora._version import __version__
 if TYPE_CHECKING:
     from fuselora import functional
     from fuselora.engine.fused_adamw import FusedAdamW
+    from fuselora.engine.kbit import prepare_kbit
     from fuselora.engine.patch import PatchReport, patch_model, patch_report, unpatch_model
     from fuselora.engine.verify import verify
     from fuselora.environment import env
@@ -26,6 +27,7 @@ _HOMES = {
     "PatchReport": "fuselora.engine.patch",
     "patch_model": "fuselora.engine.patch",
     "patch_report": "fuselora.engine.patch",
+    "prepare_kbit": "fuselora.engine.kbit",
     "unpatch_model": "fuselora.engine.patch",
     "verify": "fuselora.engine.verify",
     "env": "fuselora.environment",
@@ -39,6 +41,7 @@ __all__ = [
     "functional",
     "patch_model",
     "patch_report",
+    "prepare_kbit",
     "unpatch_model",
     "verify",
 ]
