@@ -169,6 +169,8 @@ def check_adapters(op: str, name: str, x: Tensor, lora: LoRA | tuple[LoRA, ...] 
         where = name if isinstance(lora, LoRA) else f"{name}[{j}]"
         checks.check_ndim(op, f"{where}.a", one.a, 2)
         checks.check_dim(op, f"{where}.a", one.a, 1, x.shape[-1])
+        if one.a.shape[0] == 0:
+            raise checks.fail(op, f"{where}.a.shape[0]", "a rank of at least 1", 0, "leave the adapter out")
         if one.b.shape != (out_features, one.a.shape[0]):
             expected = (out_features, one.a.shape[0])
             raise checks.fail(op, f"{where}.b.shape", expected, tuple(one.b.shape), "a and b must share their rank")

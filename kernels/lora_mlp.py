@@ -156,7 +156,7 @@ def _apply(x: Tensor, inputs: list[Projection], down: Projection, act: str) -> T
         check_projection("lora_mlp", name, x, proj)
     width = sum(proj.weight.shape[0] for proj in inputs) // 2
     checks.check_float("lora_mlp", "x", x)
-    checks.check_dim("lora_mlp", "down.weight", down.weight, 1, width)
+    check_projection("lora_mlp", "down", x.new_empty(0, width), down)
     checks.check_choice("lora_mlp", "act", act, glu.ACTIVATIONS)
     tensors, static = flatten([prepare(p, x) for p in (*inputs, down)])
     return _LoRAMLP.apply(x, act, compute_dtype(x), static, *tensors)

@@ -312,6 +312,7 @@ def add_rms_norm(
     Args and errors as ``rms_norm``; ``residual`` has x's shape and dtype.
     """
     _check("add_rms_norm", x, weight, mode)
+    checks.check_same_device("add_rms_norm", x=x, residual=residual)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         got = f"{tuple(residual.shape)} {residual.dtype}"
         raise checks.fail("add_rms_norm", "residual", f"{tuple(x.shape)} {x.dtype}", got, "match x")
