@@ -8,7 +8,7 @@ COMPAT := .venv-compat
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h $(foreach kind,h cpp cu cuh,csrc/*/*.$(kind)))
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt python/fuselora/_version.py $(NATIVE_SOURCES)
 PYTEST := -m pytest -n 2
 

@@ -1,24 +1,13 @@
-// The C ABI's entry points: argument checks, scratch memory, the last error, and the choice of instruction set.
-#include <cstdarg>
-#include <cstdio>
+// The C ABI's entry points on the CPU: argument checks, scratch memory, and the choice of instruction set.
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 
 #include "cpu/kernels.h"
+#include "status.h"
 
 namespace fuselora {
 namespace {
-
-thread_local char last_error[512] = "";
-
-__attribute__((format(printf, 2, 3))) int32_t fail(int32_t status, const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(last_error, sizeof(last_error), format, arguments);
-  va_end(arguments);
-  return status;
-}
 
 struct Kernels {
   const char* isa;
@@ -72,13 +61,9 @@ const Kernels* kernels() {
   return chosen;
 }
 
-bool is_dtype(int32_t dtype) { return dtype == FUSELORA_F32 || dtype == FUSELORA_BF16 || dtype == FUSELORA_F16; }
-
 bool is_activation(int32_t act) { return act == FUSELORA_SILU || act == FUSELORA_GELU || act == FUSELORA_GELU_TANH; }
 
 bool is_mode(int32_t mode) { return mode == FUSELORA_LLAMA || mode == FUSELORA_GEMMA || mode == FUSELORA_NONE; }
-
-bool is_blocksize(int64_t size) { return size >= 32 && size <= kMaxBlocksize && (size & (size - 1)) == 0; }
 
 struct Free {
   void operator()(float* p) const { std::free(p); }

@@ -3,8 +3,8 @@
  * Pointers are to contiguous memory of the caller unless there is a stride; sizes and strides are int64 and count
  * elements unless they say bytes. Every function that computes returns 0, or a fuselora_status whose sentence
  * fuselora_last_error() gives (per thread). Functions are reentrant. CPU functions end in `threads`, the largest
- * number of OpenMP threads to use; the results don't depend on it. CUDA functions (fuselora_cuda_*) end in `void*
- * stream` and return before the work is done.
+ * number of OpenMP threads to use; the results don't depend on it. CUDA functions (fuselora_cuda_*) are in a library
+ * of their own, take device pointers of the current device, end in `void* stream` and return before the work is done.
  */
 #ifndef FUSELORA_H
 #define FUSELORA_H
@@ -17,7 +17,13 @@ extern "C" {
 
 #define FUSELORA_API __attribute__((visibility("default")))
 
-enum fuselora_status { FUSELORA_OK = 0, FUSELORA_BAD_ARGUMENT = 1, FUSELORA_OUT_OF_MEMORY = 2, FUSELORA_BAD_ISA = 3 };
+enum fuselora_status {
+  FUSELORA_OK = 0,
+  FUSELORA_BAD_ARGUMENT = 1,
+  FUSELORA_OUT_OF_MEMORY = 2,
+  FUSELORA_BAD_ISA = 3,
+  FUSELORA_CUDA_ERROR = 4
+};
 enum fuselora_dtype { FUSELORA_F32 = 0, FUSELORA_BF16 = 1, FUSELORA_F16 = 2 };
 enum fuselora_norm_mode { FUSELORA_LLAMA = 0, FUSELORA_GEMMA = 1, FUSELORA_NONE = 2 };
 enum fuselora_activation { FUSELORA_SILU = 0, FUSELORA_GELU = 1, FUSELORA_GELU_TANH = 2 };
@@ -97,6 +103,26 @@ FUSELORA_API int32_t fuselora_quantize_4bit(uint8_t* data, float* absmax, const 
 
 /* One Philox-4x32-10 block, for known-answer tests: out = philox(counter, key). */
 FUSELORA_API void fuselora_philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]);
+
+/* The same two of the CUDA library. */
+FUSELORA_API int32_t fuselora_cuda_abi_version(void);
+FUSELORA_API const char* fuselora_cuda_last_error(void);
+
+/* fuselora_dequantize_4bit on a GPU, in one launch. Fast where out is a multiple of 16 bytes, data of 4, and blocksize2 a
+ * power of two; right anywhere. */
+FUSELORA_API int32_t fuselora_cuda_dequantize_4bit(void* out, const uint8_t* data, const void* absmax,
+                                                   const float* code, const float* absmax2, const float* code2,
+                                                   const float* offset, int64_t n, int64_t blocksize,
+                                                   int64_t blocksize2, int32_t dtype, void* stream);
+
+/* y = x W^T + bias. x: [m, cols], y: [m, rows], bias (or NULL): [rows], all of dtype, bf16 or fp16; W: a 4-bit weight
+ * [rows, cols]. m: 1 to 8; cols: a multiple of 64; blocksize: 64 or more; blocksize2: a power of two; x on a multiple of
+ * 16 bytes, data of 8; compute capability 8.0 or later. */
+FUSELORA_API int32_t fuselora_cuda_matmul_4bit(void* y, const void* x, const uint8_t* data, const void* absmax,
+                                               const float* code, const float* absmax2, const float* code2,
+                                               const float* offset, const void* bias, int64_t m, int64_t rows,
+                                               int64_t cols, int64_t blocksize, int64_t blocksize2, int32_t dtype,
+                                               void* stream);
 
 #ifdef __cplusplus
 }
