@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fuselora.engine.kbit import dequantize_linears, linears_4bit
 from fuselora.engine.patch import unpatch_model
 from fuselora.kernels.numerics import K_ELEMENTWISE, K_REDUCTION, Error, compare, rounding
 
@@ -130,7 +131,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any] | None = None) -> VerifyRe
             parameter.grad = None
         stock = _run(unpatch_model(_sharing_copy(model)), inputs)
         with torch.autocast(device.type, enabled=False), _KeepFloat64():
-            truth = _run(unpatch_model(_fp64_copy(model)), _to_fp64(inputs))
+            truth = _run(_fp64_copy(model, dtype), _to_fp64(inputs))
     return _judge(ours, stock, truth, dtype, notes)
 
 
@@ -236,10 +237,11 @@ def _check_model(model: nn.Module) -> torch.device:
     devices = {p.device for p in parameters}
     if len(devices) != 1 or parameters[0].is_meta:
         raise ValueError(f"verify: model: expected all parameters on one device, got {devices}; load it on one device")
+    readable = {id(linear.weight) for _, linear in linears_4bit(model)}
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
+        if not parameter.is_floating_point() and id(parameter) not in readable:
             raise ValueError(
-                f"verify: {name}: expected floating-point weights, got {parameter.dtype}; quantised weights have no "
+                f"verify: {name}: expected floating-point or 4-bit weights, got {parameter.dtype}; others have no "
                 "fp64 copy, so verify the same model loaded unquantised"
             )
     _check_memory(parameters, parameters[0].device)
@@ -283,8 +285,9 @@ def _random_batch(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
 
 
 def _compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
-    """The coarsest dtype the model computes in."""
-    dtypes = {p.dtype for p in model.parameters()}
+    """The coarsest dtype the model computes in; what 4-bit weights are stored as says nothing of it."""
+    stored = {id(linear.weight) for _, linear in linears_4bit(model)}
+    dtypes = {p.dtype for p in model.parameters() if id(p) not in stored}
     if torch.is_autocast_enabled(device.type):
         dtypes.add(torch.get_autocast_dtype(device.type))
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
@@ -314,14 +317,17 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
-def _fp64_copy(model: nn.Module) -> nn.Module:
-    """A copy with every parameter in fp64. Buffers stay: a rotary table is an input of the computation, not a result.
+def _fp64_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """An unpatched copy with every parameter in fp64, 4-bit weights as they are in the compute dtype. Buffers stay: a
+    rotary table is an input of the computation, not a result.
 
     Activation checkpointing is off: it changes no value, and on CUDA it recomputes in threads that ``_KeepFloat64``
     does not reach.
     """
-    doubled = {id(p): nn.Parameter(p.detach().double(), requires_grad=p.requires_grad) for p in model.parameters()}
-    exact = copy.deepcopy(model, doubled)
+    shared = unpatch_model(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+    dense = dequantize_linears(shared, dtype)
+    doubled = {id(p): nn.Parameter(p.detach().double(), requires_grad=p.requires_grad) for p in dense.parameters()}
+    exact = copy.deepcopy(dense, doubled)
     for module in exact.modules():
         if getattr(module, "gradient_checkpointing", False):
             setattr(module, "gradient_checkpointing", False)  # noqa: B010  (mypy: modules declare no such attribute)

@@ -83,3 +83,9 @@ def test_unpatching_and_saving_keep_the_bytes(tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_verify_takes_the_dequantised_weights_as_the_truth():
+    model = fuselora.patch_model(qlora_model("llama"), strict=True)
+    result = fuselora.verify(model, batch())
+    assert result.ok and len(result.rows) == 28 and 1e-4 < result.pooled_stock < 0.1, result
