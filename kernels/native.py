@@ -1,4 +1,4 @@
-"""The native library: loaded on first use, called through one table of ctypes signatures.
+"""The native CPU library: loaded on first use, called through one table of ctypes signatures.
 
 ``csrc/include/fuselora.h`` is the contract. CMake puts the library into ``fuselora/_lib``; it links libgomp by its
 plain name, so loaded after torch it shares torch's OpenMP runtime and thread pool.
@@ -122,27 +122,36 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """(library, None), or (None, the sentence that says why there is none)."""
-    rebuild = "reinstall fuselora where a C++17 compiler is found (in a checkout: make native)"
-    if not LIBRARY.exists():
-        return None, f"native ops: expected {LIBRARY.name} in {LIBRARY.parent}, got no such file; {rebuild}"
+Loaded = tuple[ctypes.CDLL | None, str | None]
+
+
+def open_library(path: Path, signatures: dict[str, tuple[Any, tuple[Any, ...]]], version: str, remedy: str) -> Loaded:
+    """(library, None), or (None, the sentence that says why there is none). ``version`` names the function that gives
+    the library's ABI version."""
+    if not path.exists():
+        return None, f"native ops: expected {path.name} in {path.parent}, got no such file; {remedy}"
     try:
-        library = ctypes.CDLL(str(LIBRARY))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
-        return None, f"native ops: {LIBRARY.name} does not load: {error}; {rebuild}"
-    for name, (result, arguments) in SIGNATURES.items():
+        return None, f"native ops: {path.name} does not load: {error}; {remedy}"
+    for name, (result, arguments) in signatures.items():
         function = getattr(library, name, None)
         if function is None:
-            return None, f"native ops: expected {name} in {LIBRARY}, got a library without it; {rebuild}"
+            return None, f"native ops: expected {name} in {path}, got a library without it; {remedy}"
         function.restype, function.argtypes = result, arguments
-    version = library.fuselora_abi_version()
-    if version != ABI_VERSION:
-        return None, f"native ops: expected ABI version {ABI_VERSION} of {LIBRARY}, got {version}; {rebuild}"
-    if library.fuselora_cpu_isa() is None:
-        raise RuntimeError(library.fuselora_last_error().decode())
+    found = getattr(library, version)()
+    if found != ABI_VERSION:
+        return None, f"native ops: expected ABI version {ABI_VERSION} of {path}, got {found}; {remedy}"
     return library, None
+
+
+@functools.cache
+def _load() -> Loaded:
+    remedy = "reinstall fuselora where a C++17 compiler is found (in a checkout: make native)"
+    library, why = open_library(LIBRARY, SIGNATURES, "fuselora_abi_version", remedy)
+    if library is not None and library.fuselora_cpu_isa() is None:
+        raise RuntimeError(library.fuselora_last_error().decode())
+    return library, why
 
 
 def reason() -> str | None:

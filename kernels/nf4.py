@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, native
+from . import checks, native, nf4_cuda
 from .gpu.launch import interpreting, lazy, refusal
 from .registry import Cost, Sample, define, implement
 
@@ -315,6 +315,7 @@ def _triton_supports(data: Tensor, absmax: Tensor, code: Tensor, *rest: object) 
     return refusal(code)
 
 
+implement(DEQUANTIZE_4BIT, "cuda", nf4_cuda.dequantize_4bit, nf4_cuda.dequantize_refusal)
 implement(DEQUANTIZE_4BIT, "triton", lazy("nf4", "dequantize_4bit"), _triton_supports)
 implement(QUANTIZE_4BIT, "triton", lazy("nf4", "quantize_4bit"), lambda w, code, _: refusal(w, code))
 QUANTIZE_ABSMAX = define(

@@ -61,6 +61,12 @@ int32_t fuselora_cuda_abi_version(void) { return FUSELORA_ABI_VERSION; }
 
 const char* fuselora_cuda_last_error(void) { return last_error; }
 
+int32_t fuselora_cuda_check(void) {
+  cudaFuncAttributes attributes;
+  return finish("libfuselora_cuda.so",
+                cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(dequantize_4bit<bf16, 8>)));
+}
+
 int32_t fuselora_cuda_dequantize_4bit(void* out, const uint8_t* data, const void* absmax, const float* code,
                                       const float* absmax2, const float* code2, const float* offset, int64_t n,
                                       int64_t blocksize, int64_t blocksize2, int32_t dtype, void* stream) {

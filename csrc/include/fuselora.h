@@ -108,6 +108,9 @@ FUSELORA_API void fuselora_philox(uint32_t out[4], const uint32_t counter[4], co
 FUSELORA_API int32_t fuselora_cuda_abi_version(void);
 FUSELORA_API const char* fuselora_cuda_last_error(void);
 
+/* 0 if the current device and its driver can run this library's kernels. */
+FUSELORA_API int32_t fuselora_cuda_check(void);
+
 /* fuselora_dequantize_4bit on a GPU, in one launch. Fast where out is a multiple of 16 bytes, data of 4, and blocksize2 a
  * power of two; right anywhere. */
 FUSELORA_API int32_t fuselora_cuda_dequantize_4bit(void* out, const uint8_t* data, const void* absmax,

@@ -11,7 +11,7 @@ import torch
 
 import fuselora.functional  # noqa: F401  (imports every kernel file, which fills the registry)
 from fuselora._version import __version__
-from fuselora.kernels import native
+from fuselora.kernels import native, native_cuda
 from fuselora.kernels.gpu import choices
 from fuselora.kernels.registry import DISPATCH_KEY, ENV_IMPL, OPS, Op
 
@@ -30,7 +30,7 @@ def env() -> str:
     lines = [f"fuselora {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += _section("packages", ((name, _version(name)) for name in PACKAGES))
     lines += _section("devices", _devices())
-    lines += _section("native", [(native.LIBRARY.name, _native())])
+    lines += _section("native", [(native.LIBRARY.name, _native()), (native_cuda.LIBRARY.name, native_cuda.state())])
     lines += _section("ops (fp32; what runs here, then what can't and why)", _ops())
     lines += _section("switches", ((f"{name}={os.environ.get(name, '')}", what) for name, what in SWITCHES.items()))
     return "\n".join(lines)

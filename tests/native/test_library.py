@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fuselora.kernels import native
+from fuselora.kernels import native, native_cuda
 
 ROOT = Path(__file__).parents[2]
 needs_library = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
@@ -34,15 +34,16 @@ def test_library_is_there_where_it_can_be_built():
 
 
 def test_table_lists_the_header_in_order():
-    cuda = [name for name in declared() if name.startswith("fuselora_cuda_")]
-    assert declared() == [*native.SIGNATURES, *cuda]
+    assert declared() == [*native.SIGNATURES, *native_cuda.SIGNATURES]
 
 
-@needs_library
-def test_library_exports_the_header_and_nothing_else():
-    command = ["nm", "--dynamic", "--defined-only", "--format=posix", str(native.LIBRARY)]
+@pytest.mark.parametrize("module", [native, native_cuda])
+def test_library_exports_its_table_and_nothing_else(module):
+    if module.reason() is not None:
+        pytest.skip(module.reason())
+    command = ["nm", "--dynamic", "--defined-only", "--format=posix", str(module.LIBRARY)]
     symbols = {line.split()[0] for line in subprocess.check_output(command, text=True).splitlines()}
-    assert symbols == set(native.SIGNATURES)
+    assert symbols == set(module.SIGNATURES)
 
 
 def test_abi_version_is_the_header_s():
@@ -55,7 +56,7 @@ def test_one_openmp_runtime_is_mapped():
     """Two would mean two thread pools that fight for the cores."""
     code = """
 import torch
-from fuselora.kernels import native
+from fuselora.kernels import native, native_cuda
 torch.randn(1 << 20).exp()
 x = torch.randn(1 << 20)
 native.call("fuselora_dropout", x.data_ptr(), x.data_ptr(), x.numel(), 0, 1, 1, 1.0, 2)
@@ -70,7 +71,7 @@ assert len([path for path in mapped if "libgomp" in path or "libiomp" in path or
 MISSING = """
 from pathlib import Path
 import torch
-from fuselora.kernels import native
+from fuselora.kernels import native, native_cuda
 native.LIBRARY = Path("/nowhere/libfuselora_cpu.so")
 """
 
