@@ -11,6 +11,7 @@ from fuselora.kernels.linear_cross_entropy import linear_cross_entropy, linear_l
 from fuselora.kernels.lora import LoRA, Projection
 from fuselora.kernels.lora_linear import lora_delta, lora_linear, lora_linears
 from fuselora.kernels.lora_mlp import lora_mlp, lora_mlp_packed
+from fuselora.kernels.matmul_4bit import linear_4bit
 from fuselora.kernels.nf4 import Quantized4bit, dequantize_4bit, quantize_4bit
 from fuselora.kernels.qk_norm_rope import qk_norm_rope
 from fuselora.kernels.rms_norm import add_rms_norm, rms_norm
@@ -29,6 +30,7 @@ __all__ = [
     "glu",
     "glu_packed",
     "layer_norm",
+    "linear_4bit",
     "linear_cross_entropy",
     "linear_log_probs",
     "lora_delta",
