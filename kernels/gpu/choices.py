@@ -24,10 +24,11 @@ with e = 0.92 on sm_86, 89 and 120, whose library GEMMs use the same mma.sync in
 (71 TFLOP/s, 0.87 TB/s), 4080 on a 4090 (165, 0.93), 3020 on a 5090 (210, 1.6). On sm_80 e = 0.85 gives 2080, on sm_90
 0.75-0.9 gives 1100-3300, mostly below the widths of real models. For dX the sum over outputs takes K's place.
 
-Predicted rows of matmul_4bit: dequantising first moves 4.5 bytes per weight more than its codes. A fused product issues
-10 (16 rows) to 20 instructions (64 rows) per weight and again for every further 64 rows. Per weight, at 60 % of the issue
-rate: 0.9 against 1.2 ps for 64 rows on an H100, 1.9 against 3.0 on an A100, and twice as much for 128 rows; 3.8 for 128
-rows against 5.2 on an RTX 3090; 3.3 for 256 rows against 4.7 on a 4090. Exact fp32 runs on FMA units: 16 rows.
+Predicted rows of matmul_4bit: dequantising first writes and reads 2 bytes per weight. A fused product issues 17
+(sm_90) to 23 (mma.sync) instructions per weight for 64 rows, and again for every further 64. Per weight, at 60 % of the
+issue rate against dequantising at 85 % and reading at all of the copy bandwidth: 1.0 against 1.2 ps for 64 rows on an
+H200, 2.0 against 2.8 on an A100, so not beyond; 4.4 against 5.7 for 128 rows on an RTX 3090; 3.7 against 5.3 for 256 on
+a 4090, 3.0 against 3.1 on a 5090. Exact fp32 runs on FMA units, 50 instructions per weight: 16 rows.
 """
 
 from __future__ import annotations
