@@ -4,11 +4,13 @@
     transpose=True   dX = dY W             dY [M, N] -> [M, K]
 
 W is the weight of nf4.py rounded to X's dtype. For many rows it is dequantised, 2 bytes per weight written and read
-again, and multiplied by a library GEMM; for few rows kernels/gpu/nf4_matmul.py dequantises inside the product.
+again, and multiplied by a library GEMM; for few rows kernels/gpu/nf4_matmul.py dequantises inside the product, and for
+up to 8, forward, csrc/cuda/nf4_matmul.cuh.
 
 Bytes of a fused product: 0.5 NK + scales, X and Y once, and fp32 partial sums, written and read, where the reduced
 dimension is split over programs (kernels/gpu/nf4_plan.py). Saved for backward: the 4-bit weight itself, nothing new.
-Numerics: fp32 accumulation over weights rounded to X's dtype, one rounding.
+Numerics: fp32 accumulation over weights rounded to X's dtype, one rounding. csrc/cuda/nf4_matmul.cuh takes weights that
+are nearer to the 4-bit ones: codes of 11 bits times fp32 scales.
 Source: Dettmers et al. 2023, "QLoRA", eq. 5 and 6, without the low-rank part.
 """
 
@@ -19,7 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, nf4_cuda
 from .gpu import choices, nf4_plan
 from .gpu.launch import capability, lazy, refusal
 from .nf4 import QUANT, Quantized4bit, _reference, check_quantized, random_weight, stored_bytes
@@ -124,6 +126,7 @@ def _triton_supports(
     return None
 
 
+implement(MATMUL_4BIT, "cuda", nf4_cuda.matmul_4bit, nf4_cuda.matmul_refusal)
 implement(MATMUL_4BIT, "triton", lazy("nf4_matmul", "matmul_4bit"), _triton_supports)
 
 
