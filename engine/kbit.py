@@ -86,11 +86,13 @@ def _set_compute_dtype(model: nn.Module, compute_dtype: torch.dtype | None) -> N
         for layer in layers:
             layer.compute_dtype, layer.compute_type_is_set = compute_dtype, True
         saved: Any = getattr(getattr(model, "config", None), "quantization_config", None)
-        if hasattr(saved, "bnb_4bit_compute_dtype"):
+        if isinstance(saved, dict):
+            saved["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
+        elif hasattr(saved, "bnb_4bit_compute_dtype"):
             saved.bnb_4bit_compute_dtype = compute_dtype
         return
     dtype = getattr(model, "dtype", None)
-    slow = sum(layer.compute_dtype == torch.float32 and layer.compute_type_is_set for layer in layers)
+    slow = sum(layer.compute_dtype == torch.float32 and getattr(layer, "compute_type_is_set", True) for layer in layers)
     if slow and dtype in HALF:
         warnings.warn(
             f"{slow} 4-bit linears of a {dtype} model compute in torch.float32 (bnb_4bit_compute_dtype's default), "
@@ -103,13 +105,14 @@ def keep_weights_in_place(model: nn.Module) -> None:
     """On CPUs with AVX-512 BF16, bitsandbytes repacks a weight at its first call in evaluation; a training step behind
     that gives no gradients. Turned off."""
     for _, module in linears_4bit(model):
-        module.support_avx512bf16_for_cpu = False
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def misread_on_cpu(model: nn.Module) -> str | None:
     """The first 4-bit linear whose rows are no whole blocks: bitsandbytes' CPU code takes wrong scales there."""
     for name, module in linears_4bit(model):
-        state = module.weight.quant_state
+        state = getattr(module.weight, "quant_state", None)
         if module.weight.device.type == "cpu" and state is not None and state.shape[-1] % state.blocksize:
             return name
     return None

@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit linear as tensors: what its forward computes right now, or why it must run itself.
+"""4-bit linears, bitsandbytes' and ours, as tensors: what its forward computes right now, or why it must run itself.
 
     y = linear(x.to(compute dtype), dequantise(weight).to(compute dtype), bias).to(x.dtype)
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fuselora.engine.quantized_linear import Linear4bit
 from fuselora.kernels.lora import Projection
 from fuselora.kernels.lora_linear import lora_linear
 from fuselora.kernels.nf4 import Quantized4bit
@@ -25,12 +26,18 @@ def class_path(cls: type) -> str:
 
 
 def is_4bit(cls: type[nn.Module]) -> bool:
-    """Whether modules of this very class are bitsandbytes' 4-bit linears."""
-    return class_path(cls) in LINEARS_4BIT
+    """Whether modules of this very class are 4-bit linears, bitsandbytes' or ours."""
+    return cls is Linear4bit or class_path(cls) in LINEARS_4BIT
 
 
 def read_4bit(module: Any) -> Projection | str:
     """The weight and bias of a 4-bit linear (its hooks are the caller's matter), or why they can't be read."""
+    if type(module) is Linear4bit:
+        return (
+            "nothing has been loaded into it yet"
+            if module.absmax is None
+            else Projection(module.quantized(), module.bias)
+        )
     weight = module.weight
     if type(weight).__name__ != "Params4bit":
         return f"its weight is a {type(weight).__name__}"
@@ -57,6 +64,8 @@ def read_4bit(module: Any) -> Projection | str:
 
 def computes_in(x: Tensor, module: Any) -> torch.dtype:
     """The dtype in which a 4-bit linear multiplies. Left open, it becomes that of the first input if fp32 or bf16."""
+    if type(module) is Linear4bit:
+        return module.compute_dtype
     follows = not module.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16)
     return x.dtype if follows or module.compute_dtype is None else module.compute_dtype
 
@@ -69,6 +78,8 @@ def _autocast_reason(x: Tensor) -> str | None:
 
 
 def _storage_reason(module: Any, computes: torch.dtype) -> str | None:
+    if type(module) is Linear4bit:
+        return None
     stored = module.weight.quant_state.dtype
     if stored in (computes, torch.float32):
         return None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fuselora import functional
     from fuselora.engine.fused_adamw import FusedAdamW
     from fuselora.engine.kbit import prepare_kbit
+    from fuselora.engine.load_4bit import load_4bit
     from fuselora.engine.patch import PatchReport, patch_model, patch_report, unpatch_model
     from fuselora.engine.verify import verify
     from fuselora.environment import env
@@ -28,6 +29,7 @@ _HOMES = {
     "patch_model": "fuselora.engine.patch",
     "patch_report": "fuselora.engine.patch",
     "prepare_kbit": "fuselora.engine.kbit",
+    "load_4bit": "fuselora.engine.load_4bit",
     "unpatch_model": "fuselora.engine.patch",
     "verify": "fuselora.engine.verify",
     "env": "fuselora.environment",
@@ -41,6 +43,7 @@ __all__ = [
     "functional",
     "patch_model",
     "patch_report",
+    "load_4bit",
     "prepare_kbit",
     "unpatch_model",
     "verify",
