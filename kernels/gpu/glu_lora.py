@@ -163,13 +163,15 @@ def glu_bwd_lora(
     partial = [torch.empty(parts, width, r, dtype=torch.float32, device=gate.device) if r else None for r in ranks]
     strides = (t.stride(0) if t is not None else 0 for t in (dh, gate, up, *rows))
     part = triton.cdiv(triton.cdiv(m, parts), BLOCK_M) * BLOCK_M
-    constants = dict(zip(("R_A", "R_GATE", "R_UP"), ranks, strict=True), BLOCK_M=BLOCK_M, COLS=COLS)
-    constants["RANK"] = max(16, triton.next_power_of_2(max(ranks)))
+    rank, wide = max(16, triton.next_power_of_2(max(ranks))), gate.element_size() == 4
+    cols = COLS // 2 if wide and rank > 16 else COLS  # fp32 tiles of 128 columns at rank 32 spilled on sm_86 and 89
+    stages = 2 if wide else 4 if rank == 16 else 3  # within 99 KB of shared memory
+    constants = dict(zip(("R_A", "R_GATE", "R_UP"), ranks, strict=True), BLOCK_M=BLOCK_M, COLS=cols, RANK=rank)
     tensors, options = (
         (dgate, dup, *partial, dh, gate, up, *rows),
-        dict(num_warps=WARPS, num_stages=4 if constants["RANK"] == 16 else 3),
+        dict(num_warps=WARPS, num_stages=stages),
     )
-    grid = (triton.cdiv(width, COLS), parts)
+    grid = (triton.cdiv(width, cols), parts)
     launch(_glu_bwd_lora, grid, *tensors, m, width, *strides, part, options=options, ACT=act, **constants)
     grads = [
         None if f is None or a is None else torch.empty(a.shape, dtype=a.dtype, device=gate.device)
