@@ -6,6 +6,7 @@ A side is named by what it is, with suffixes in any order::
     peft-bf16       the same with autocast_adapter_dtype=False: adapters in the dtype of the base model
     peft-autocast   fp32 adapters and the step under torch.autocast, as the HF Trainer runs with bf16=True
     peft-compile    torch.compile (inductor) of the stock model
+    peft-compute32  on 4-bit bases: bnb_4bit_compute_dtype left at its default, fp32
     fuselora[...]   the same model after fuselora.patch_model, same suffixes
     fuselora/no-X   patched with one kind of fusion left out: what X is worth
 
@@ -24,11 +25,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from fuselora.engine.kbit import linears_4bit
 from fuselora.engine.patch import KINDS, patch_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TRAINED_B = 0.02  # a few hundred AdamW steps of 1e-4, each at most the rate, from zero
-SUFFIXES = ("bf16", "autocast", "compile")
+SUFFIXES = ("bf16", "autocast", "compile", "compute32")
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,17 @@ class Side:
     same_dtype: bool = False
     autocast: bool = False
     compiled: bool = False
+    compute32: bool = False
     disable: tuple[str, ...] = ()
 
     def stock(self) -> Side:
         """The unpatched twin, with the same adapter dtype and autocast."""
         name = self.name.partition("/")[0].replace("fuselora", "peft")
         return replace(self, name=name, patched=False, disable=())
+
+    def fresh(self) -> Side:
+        """The side without torch.compile."""
+        return replace(self, compiled=False)
 
 
 @dataclass(frozen=True)
@@ -75,17 +82,43 @@ def parse_side(name: str, same_dtype: bool = False) -> Side:
         same_dtype=same_dtype or "bf16" in suffixes,
         autocast="autocast" in suffixes,
         compiled="compile" in suffixes,
+        compute32="compute32" in suffixes,
         disable=(without,) if without else (),
     )
 
 
-def build_base(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, seed: int) -> nn.Module:
-    """The model with random weights by its own initialisation, SDPA attention where it has it, on ``device``."""
+def build_base(
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, seed: int, quantize: str | None = None
+) -> nn.Module:
+    """The model with random weights by its own initialisation, SDPA attention where it has it, on ``device``;
+    ``quantize`` "nf4" or "fp4" puts all linears but the head into bitsandbytes' 4 bits, double quantised."""
     torch.manual_seed(seed)
     config = copy.deepcopy(config)
     config.use_cache = False
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model if quantize is None else quantize_linears(model, dtype, quantize)
+
+
+def quantize_linears(model: nn.Module, dtype: torch.dtype, kind: str) -> nn.Module:
+    """In place: bitsandbytes' linears, as transformers makes them while loading; they compute in ``dtype``."""
+    import bitsandbytes as bnb
+
+    for name, linear in list(model.named_modules()):
+        if type(linear) is not nn.Linear or name == "lm_head":
+            continue
+        made = bnb.nn.Linear4bit(
+            *(linear.in_features, linear.out_features, linear.bias is not None),
+            **{"compute_dtype": dtype, "compress_statistics": True, "quant_type": kind, "device": "meta"},
+        )
+        weight, device = linear.weight.data, linear.weight.device
+        keys = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+        options = {key: getattr(made.weight, key) for key in keys}
+        made.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=made, **options).to(device)
+        made.bias = linear.bias
+        model.set_submodule(name, made)
+    model.is_loaded_in_4bit = True  # PEFT reads it
+    return model
 
 
 def share_copy(model: nn.Module) -> nn.Module:
@@ -107,6 +140,9 @@ def build_side(base: nn.Module, side: Side, lora: LoraShape, *, checkpointing: b
     )
     model = get_peft_model(model, adapters, autocast_adapter_dtype=not side.same_dtype)
     fill_adapters(model, seed)
+    if side.compute32:
+        for _, linear in linears_4bit(model):
+            linear.compute_dtype, linear.compute_type_is_set = torch.float32, True
     model.train()
     if side.patched:
         model = patch(model, side)

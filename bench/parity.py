@@ -26,6 +26,7 @@ from models import LoraShape, Side
 from presets import with_layers
 from transformers import PreTrainedConfig
 
+from fuselora.engine.kbit import dequantize_linears
 from fuselora.engine.verify import VerifyResult, verify
 from fuselora.kernels.numerics import K_REDUCTION, rounding
 
@@ -116,11 +117,12 @@ def gate(
     device: torch.device,
     seed: int,
     shape: GateShape,
+    quantize: str | None = None,
 ) -> Gate:
     """Compare ``side`` with its stock twin on the reduced model. Compilation is left out: it is timing's subject."""
-    side = replace(side, compiled=False)
+    side = side.fresh()
     small = with_layers(config, shape.layers)
-    base = models.build_base(small, dtype, device, seed)
+    base = models.build_base(small, dtype, device, seed, quantize)
     batch = models.random_batch(small, shape.batch, shape.seq, device, seed)
 
     def build(of: torch.nn.Module, what: Side, adapters: LoraShape) -> torch.nn.Module:
@@ -134,7 +136,8 @@ def gate(
     ours = curve(build(base, side, steady), side, batch)
     stock = curve(build(base, side.stock(), steady), side, batch)
     exact_side = replace(side.stock(), autocast=False)
-    truth = curve(build(copy.deepcopy(base).to(exact), exact_side, steady).to(exact), exact_side, batch)
+    dense = dequantize_linears(copy.deepcopy(base), dtype).to(exact)
+    truth = curve(build(dense, exact_side, steady).to(exact), exact_side, batch)
     scale = math.sqrt(sum(loss * loss for loss in truth) / len(truth))
     coarse = torch.bfloat16 if side.autocast else dtype
     bound = K_REDUCTION * distance(stock, truth) + rounding(coarse) * scale

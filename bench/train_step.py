@@ -51,6 +51,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     shape.add_argument(
         "--adapter-dtype", choices=("auto", "same"), default="auto", help="same: as the base, on all sides"
     )
+    shape.add_argument("--quantize", choices=("nf4", "fp4"), help="4-bit base, double quantised (needs bitsandbytes)")
     shape.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on all sides")
     sides = parser.add_argument_group("sides")
     sides.add_argument("--candidate", default="fuselora")
@@ -108,7 +109,7 @@ def build_trainers(
 ) -> list:
     """One ``Trainer`` per side around one base model."""
     device, dtype = torch.device(args.device), models.DTYPES[args.dtype]
-    base = models.build_base(config, dtype, device, args.seed)
+    base = models.build_base(config, dtype, device, args.seed, args.quantize)
     data = models.random_batch(config, batch, seq, device, args.seed)
     trainers = []
     for name in names:
@@ -150,6 +151,7 @@ def gate_sides(args: argparse.Namespace, config: PreTrainedConfig, names: Sequen
                 torch.device(args.device),
                 args.seed,
                 parity.GateShape(layers=args.parity_layers, seq=args.parity_seq, checkpointing=args.checkpointing),
+                args.quantize,
             )
         )
         print(gates[-1], flush=True)
@@ -245,6 +247,7 @@ def _describe(args: argparse.Namespace, config: PreTrainedConfig, batch: int, se
         "dropout": args.dropout,
         "dtype": args.dtype,
         "adapter_dtype": args.adapter_dtype,
+        "quantize": args.quantize,
         "checkpointing": args.checkpointing,
         "target_modules": "all-linear",
         "ignored_targets": "first quarter of each row",
@@ -254,7 +257,7 @@ def _describe(args: argparse.Namespace, config: PreTrainedConfig, batch: int, se
 def _worker_arguments(args: argparse.Namespace, family: str | None) -> list[str]:
     passed = ["--preset", args.preset, "--rank", args.rank, "--dropout", args.dropout, "--dtype", args.dtype]
     passed += ["--adapter-dtype", args.adapter_dtype, "--device", args.device, "--seed", args.seed]
-    for key in ("config", "batch", "seq", "threads"):
+    for key in ("config", "batch", "seq", "threads", "quantize"):
         if getattr(args, key) is not None:
             passed += [f"--{key}", getattr(args, key)]
     passed += ["--checkpointing"] if args.checkpointing else []
