@@ -18,7 +18,8 @@ from stage import Stage
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fuselora.functional import linear_cross_entropy
+from fuselora.functional import dequantize_4bit, linear_cross_entropy, quantize_4bit
+from fuselora.kernels.nf4 import DEQUANTIZE_4BIT
 
 
 def entry(value: float, predicted: tuple[float, float], **more: Any) -> dict[str, Any]:
@@ -44,6 +45,29 @@ def read_modify_write(stage: Stage, m: int, n: int, k: int, rank: int) -> dict[s
     plain = stage.watch.seconds(lambda: x @ w.t())
     both = stage.watch.seconds(lambda: (x @ w.t()).addmm_(s, b.t()))
     return entry(both / plain, (1.07, 1.09), plain_s=plain, both_s=both)
+
+
+def dequantise(stage: Stage, n: int, k: int, bitsandbytes: bool) -> dict[str, Any]:
+    """Share of the copy bandwidth of one double-quantised NF4 weight [N, K] to bf16; by us, or by bitsandbytes."""
+    q = quantize_4bit(rand(stage, n, k), double=True)
+    moved = DEQUANTIZE_4BIT.cost(*q.operands(), torch.bfloat16).bytes
+
+    def ours() -> Tensor:
+        return dequantize_4bit(q, torch.bfloat16)
+
+    fn = ours
+    if bitsandbytes:
+        try:
+            from bitsandbytes import functional
+        except ImportError as error:
+            return {"missing": str(error)}
+        packed, state = functional.quantize_4bit(rand(stage, n, k), compress_statistics=True, quant_type="nf4")
+        fn = lambda: functional.dequantize_4bit(packed, state)  # noqa: E731
+    else:
+        assert torch.equal(ours(), DEQUANTIZE_4BIT.reference(*q.operands(), torch.bfloat16))
+    seconds = stage.watch.seconds(fn)
+    share = moved / seconds / stage.limits["copy_bytes_per_s"]
+    return entry(share, (0.4, 0.6) if bitsandbytes else (0.8, 1.05), seconds=seconds)
 
 
 def attention_backends(stage: Stage, batch: int, seq: int, heads: int, kv_heads: int, width: int) -> dict[str, Any]:
@@ -97,6 +121,9 @@ def main() -> int:
     for extra in (48, 16):
         stage.measure(f"a augmented GEMM, K + {extra}", augmented_gemm, stage, m, n, k, extra)
     stage.measure("b addmm_ into the output, r 16", read_modify_write, stage, m, n, k, 16)
+    for theirs in (False, True):
+        name = f"c NF4 dequantise, {'bitsandbytes' if theirs else 'ours'}"
+        stage.measure(name, dequantise, stage, 64 if stage.smoke else 14336, k, theirs)
     if stage.device.type == "cuda":
         for batch, seq in ((1, 64),) if stage.smoke else ((2, 2048), (1, 8192)):
             stage.measure(f"d cuDNN attention, S {seq}", attention_backends, stage, batch, seq, 32, 8, 128)
