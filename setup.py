@@ -24,15 +24,18 @@ def works(tool: str) -> bool:
 
 
 def build_native() -> None:
-    """Configure and build; a failure leaves the package without native ops and prints why."""
+    """Configure and build, the CPU library first; a failure leaves the package without native ops and prints why."""
     build = ROOT / "build" / "native"
     generator = [] if works("make") else ["-G", "Ninja"]
     configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *generator]
+    missing = "native ops not built ({}); install a C++17 compiler and reinstall to get them"
     try:
         subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", "--target", "fuselora_cpu"], check=True)
+        missing = "CUDA ops not built ({}); install another CUDA toolkit and reinstall to get them"
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"fuselora: native ops not built ({error}); install a C++17 compiler and reinstall to get them")
+        print(f"fuselora: {missing.format(error)}")
 
 
 class BuildPy(build_py):

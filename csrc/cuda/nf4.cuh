@@ -1,13 +1,14 @@
 // 4-bit weights on a GPU: their scales, and dequantisation in one launch. Formulas and layout: kernels/nf4.py.
 //
-// A warp takes a tile of kSteps * 32 pieces. A piece is what one lane stores at once, 16 bytes: 8 weights of two bytes or
-// 4 of four. In every step the lanes of a warp load neighbouring pieces' codes, so a step reads one run of 128 (or 64)
-// bytes and writes one run of 512. Sixteen-byte loads would give every lane 32 neighbouring weights, whose 64 bytes no
-// store of the warp could write without half-filled sectors, four times the traffic of the codes.
+// A warp takes a tile of kSteps * 32 pieces. A piece is what one lane stores at once, 16 bytes: 8 weights of two bytes
+// or 4 of four. In every step the lanes of a warp take neighbouring pieces, so a step reads one run of 128 (or 64) bytes
+// and writes one run of 512. Sixteen-byte loads would give every lane 32 neighbouring weights, and a store of the warp
+// would half fill each of its 32-byte sectors; there are four times as many bytes to store as to load.
 //
 // Lane i holds code[i % 16], and a nibble finds its value by a warp shuffle, which ignores the higher bits of its index:
-// shift and shuffle, against shift, mask and load from shared memory, or five byte permutations for the four bytes of a
-// value. Scales: lane i computes that of the tile's block i, one per block of 64, and shuffles hand them out.
+// 4.4 instructions per weight on sm_90, where a table in shared memory, with its masks and addresses, takes 6.6, and
+// byte permutations for the four bytes of a value 8.6. Scales: lane i computes that of the tile's block i, with blocks
+// of 64 one each, and shuffles hand them out.
 //
 // Instructions per weight of two bytes, counted before compiling: shift 7/8, shuffle 1, product 1, half of a conversion;
 // per lane and tile of 64 weights: loads 8, stores 8, scales 8 + 20, loop 12; together 4.25. Of four bytes, tiles of 32

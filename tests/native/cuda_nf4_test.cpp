@@ -1,7 +1,9 @@
 // The CUDA kernels of 4-bit weights, emulated on the host: dequantised values bit for bit those of the CPU library, and
 // products exact where fp32 is. Weights of many lengths, blocks of every size, unaligned pointers, both kinds of scales.
+#include <algorithm>
+
 #include "emulated_device.h"
-// The kernels use the device's functions, so these come first.
+// The kernels use its functions.
 #include "cuda/nf4.cuh"
 #include "cuda/nf4_matmul.cuh"
 #include "fuselora.h"
@@ -139,7 +141,50 @@ static void check_matmul() {
   check_matmul<T>(1, 1, 64, 64, 256, true);
 }
 
+// p such that p[i] is where[0].
+template <class T>
+static T* before(T* where, int64_t i) {
+  return reinterpret_cast<T*>(reinterpret_cast<intptr_t>(where) - i * intptr_t(sizeof(T)));
+}
+
+static Weight4bit far_weight(const Quantized& q, int64_t begin) {
+  Weight4bit w = q.weight();
+  w.data = before(w.data, begin / 2);
+  w.absmax = before(static_cast<const uint8_t*>(w.absmax), begin / q.blocksize);
+  w.absmax2 = before(w.absmax2, begin / q.blocksize / q.blocksize2);
+  return w;
+}
+
+// The last thread block of a weight of more than 2^31 elements, of which only what that block touches is there.
+static void check_far() {
+  const int64_t n = kWarps * tile_size<bf16>(8), block = 200000, begin = block * n;  // n: one outer block, 64 * 256
+  const Quantized q(n, 64, 256, 0, false);
+  std::vector<bf16> expected(static_cast<size_t>(n));
+  std::vector<uint4> out(static_cast<size_t>(n / 8));
+  q.dequantize(expected.data(), n, FUSELORA_BF16);
+  Dequantize a = {before(reinterpret_cast<bf16*>(out.data()), begin), far_weight(q, begin), begin + n, 0, 0};
+  if (plan<bf16>(a, 8, block + 1) != block + 1) ++failures, std::puts("far: wrong grid");
+  emulate(dequantize_4bit<bf16, 8>, block + 1, a, block);
+  if (std::memcmp(out.data(), expected.data(), size_t(n) * sizeof(bf16)) != 0) ++failures, std::puts("far: wrong");
+
+  const int64_t k = 1024, row = block * kRows;  // kRows * k = n
+  std::vector<uint4> x(static_cast<size_t>(k / 8));
+  std::fill_n(reinterpret_cast<bf16*>(x.data()), k, narrow<bf16>(1.f));
+  const Quantized e(n, 64, 256, 0, true);
+  std::vector<float> w(static_cast<size_t>(n));
+  e.dequantize(w.data(), n, FUSELORA_F32);
+  std::vector<bf16> y(kRows);
+  const Matmul4bit b = {before(y.data(), row), x.data(), nullptr, far_weight(e, begin), row + kRows, int32_t(k), 1};
+  emulate(matmul_4bit<bf16>, block + 1, b, block);
+  for (int64_t i = 0; i < kRows; ++i) {
+    float sum = 0;
+    for (int64_t l = 0; l < k; ++l) sum += w[size_t(i * k + l)];
+    if (narrow<bf16>(sum).bits != y[size_t(i)].bits) ++failures, std::puts("far product: wrong");
+  }
+}
+
 int main() {
+  check_far();
   check_dequantize<bf16>();
   check_dequantize<fp16>();
   check_dequantize<float>();

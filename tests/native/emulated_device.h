@@ -144,14 +144,14 @@ inline void mma(float (&acc)[4], const float (&a)[4], const float (&b)[2]) {
     }
 }
 
-// kernel<<<blocks, 256>>>(arguments)
+// kernel<<<blocks, 256>>>(arguments), of which only the blocks from `first` on run.
 template <class Arguments>
-void emulate(void (*kernel)(Arguments), int64_t blocks, const Arguments& arguments) {
+void emulate(void (*kernel)(Arguments), int64_t blocks, const Arguments& arguments, int64_t first = 0) {
   static void (*run)(Arguments);
   static const Arguments* given;
   run = kernel, given = &arguments;
   gridDim.x = unsigned(blocks);
-  for (int64_t block = 0; block < blocks; ++block) {
+  for (int64_t block = first; block < blocks; ++block) {
     for (Thread& thread : threads) {
       getcontext(&thread.context);
       thread.context.uc_stack.ss_sp = thread.stack.data();

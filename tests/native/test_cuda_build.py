@@ -7,6 +7,7 @@ nf4_matmul.cuh have the counts.
 
 import collections
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -118,6 +119,21 @@ def check_matmul(kernel: Kernel) -> None:
     assert count(kernel.loop, r"LDG\.E\.EF\.64.*") == count(kernel.loop, r"LDG\.E\.128.*") == 8
     assert count(kernel.loop, r"HMMA\.1688\.F32\.TF32") == 32
     assert count(kernel.loop, "SHFL.*") == 128 + 8
+
+
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("c++")), reason="needs cmake and a C++ compiler")
+@pytest.mark.parametrize("wanted", ["AUTO", "ON"])
+def test_an_nvcc_that_fails(tmp_path, wanted):
+    """Only FUSELORA_CUDA=ON insists on it."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DFUSELORA_CUDA={wanted}"]
+    environment = {**os.environ, "CUDACXX": str(nvcc)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == (wanted == "AUTO"), done.stdout + done.stderr
+    expected = "libfuselora_cuda.so is not built" if wanted == "AUTO" else "FUSELORA_CUDA=ON: expected an nvcc"
+    assert expected in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("double", [False, True])
