@@ -19,17 +19,20 @@ if TYPE_CHECKING:
     from fuselora.engine.fused_adamw import FusedAdamW
     from fuselora.engine.kbit import prepare_kbit
     from fuselora.engine.load_4bit import load_4bit
+    from fuselora.engine.merge import Merged, merge_4bit
     from fuselora.engine.patch import PatchReport, patch_model, patch_report, unpatch_model
     from fuselora.engine.verify import verify
     from fuselora.environment import env
 
 _HOMES = {
     "FusedAdamW": "fuselora.engine.fused_adamw",
+    "Merged": "fuselora.engine.merge",
     "PatchReport": "fuselora.engine.patch",
+    "load_4bit": "fuselora.engine.load_4bit",
+    "merge_4bit": "fuselora.engine.merge",
     "patch_model": "fuselora.engine.patch",
     "patch_report": "fuselora.engine.patch",
     "prepare_kbit": "fuselora.engine.kbit",
-    "load_4bit": "fuselora.engine.load_4bit",
     "unpatch_model": "fuselora.engine.patch",
     "verify": "fuselora.engine.verify",
     "env": "fuselora.environment",
@@ -37,13 +40,15 @@ _HOMES = {
 
 __all__ = [
     "FusedAdamW",
+    "Merged",
     "PatchReport",
     "__version__",
     "env",
     "functional",
+    "load_4bit",
+    "merge_4bit",
     "patch_model",
     "patch_report",
-    "load_4bit",
     "prepare_kbit",
     "unpatch_model",
     "verify",

@@ -1,0 +1,157 @@
+"""Adapters merged into a 4-bit base.
+
+    W' = round( dequantise(W) + sum_j scaling_j B_j A_j ),   summed in fp32
+
+once per weight: to a dense model (bf16 by default), where the adapter's small entries survive as far as that dtype
+carries them, or back to 4 bits, where most of an adapter is lost in the steps between the 16 codes. What it costs is
+measured on logits and reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from fuselora.engine.kbit import dequantize_linears, keep_weights_in_place
+from fuselora.engine.patch.quantized import is_4bit
+from fuselora.engine.patch.state import active_adapters, read_projection
+from fuselora.engine.patch.swap import stock_class
+from fuselora.engine.quantized_linear import Linear4bit, state_parts
+from fuselora.kernels.lora import Projection, adapters
+from fuselora.kernels.nf4 import Quantized4bit, dequantize_4bit, quantize_4bit
+
+
+class Merged(NamedTuple):
+    """The base with the adapter in its weights, and how far its logits moved: largest and rms difference, beside the
+    rms of the logits themselves."""
+
+    model: nn.Module
+    drift_max: float
+    drift_rms: float
+    logits_rms: float
+
+    def __str__(self) -> str:
+        share = self.drift_rms / self.logits_rms
+        return f"logits moved by at most {self.drift_max:.3g}, rms {self.drift_rms:.3g} ({share:.2%} of their rms)"
+
+
+@torch.no_grad()
+def merge_4bit(
+    model: Any,
+    requantize: bool = False,
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Merged:
+    """Merge the active adapters of a PeftModel into its 4-bit base; in place, one layer at a time.
+
+    Args:
+        model: a PeftModel with plain LoRA on 4-bit linears, and on dense ones if any.
+        requantize: keep 4-bit linears, of the same kind, block size and double quantisation, instead of dense ones.
+        inputs: the batch whose logits are compared; unset, 2 x 64 random tokens.
+        dtype: of the dense model; not used with requantize.
+
+    Returns:
+        The base model, without PEFT, and the drift, which is printed too.
+
+    Raises:
+        TypeError: ``model`` is not a PeftModel.
+        ValueError: no adapter on a 4-bit linear, or one that is not plain LoRA; nothing has been changed then.
+    """
+    if not hasattr(model, "peft_config") or not hasattr(model, "unload"):
+        raise TypeError(f"merge_4bit: model: expected a PeftModel with LoRA, got {type(model).__name__}; pass that")
+    layers = _readable_layers(model)
+    training = model.training
+    keep_weights_in_place(model)
+    if inputs is None:
+        inputs = {"input_ids": _random_tokens(model)}
+    before = model.eval()(**inputs).logits.float()
+    for layer in layers:
+        _merge_layer(layer, requantize, dtype)
+    base = model.unload()
+    if not requantize:
+        dequantize_linears(base, dtype)
+        for parameter in base.parameters():  # parameters alone: rotary tables stay fp32
+            parameter.data = parameter.data.to(dtype)
+        _forget_quantization(base, dtype)
+    moved = base(**inputs).logits.float() - before
+    base.train(training)
+    merged = Merged(base, moved.abs().max().item(), _rms(moved), _rms(before))
+    print(f"merged: {merged}")
+    return merged
+
+
+def _readable_layers(model: nn.Module) -> list[Any]:
+    """Every adapted layer, or ValueError with the first that can't be merged here."""
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            projection = read_projection(module)
+            if isinstance(projection, str):
+                raise ValueError(
+                    f"merge_4bit: {name}: expected plain LoRA on a 4-bit or dense linear, got {projection}"
+                )
+            layers.append(module)
+    if not any(is_4bit(stock_class(layer.base_layer)) for layer in layers):
+        raise ValueError("merge_4bit: model: expected an adapter on a 4-bit linear, got none; use merge_and_unload")
+    return layers
+
+
+def _merge_layer(layer: Any, requantize: bool, dtype: torch.dtype) -> None:
+    if not active_adapters(layer):
+        return
+    projection = read_projection(layer)
+    assert isinstance(projection, Projection)
+    weight, base = projection.weight, layer.base_layer
+    total = dequantize_4bit(weight, torch.float32) if isinstance(weight, Quantized4bit) else weight.float()
+    bias = None if projection.bias is None else projection.bias.float()
+    for lora in adapters(projection.lora):
+        total.addmm_(lora.b.float(), lora.a.float(), alpha=lora.scaling)
+        if lora.bias is not None:
+            extra = lora.scaling * lora.bias.float()
+            bias = extra if bias is None else bias + extra
+    if requantize:  # what was dense keeps its dtype
+        dtype = layer.base_layer.compute_dtype if isinstance(weight, Quantized4bit) else weight.dtype
+    if requantize and isinstance(weight, Quantized4bit):
+        _store_4bit(base, total)
+    else:
+        layer.base_layer = base = nn.Linear(base.in_features, base.out_features, bias is not None, device="meta")
+        base.weight = nn.Parameter(total.to(dtype), requires_grad=False)
+    if bias is not None:
+        base.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+
+
+def _store_4bit(base: Any, weight: Tensor) -> None:
+    """Quantise a weight into a layer that holds one, in the same way."""
+    if type(base) is Linear4bit:
+        double = base.nested_absmax is not None
+        q = quantize_4bit(weight, base.quant_type, base.blocksize, double)
+        base.set_quantized(q, base.quant_type, base.stored_dtype)
+        return
+    old, state = base.weight, base.weight.quant_state
+    q = quantize_4bit(weight, state.quant_type, state.blocksize, state.nested)
+    data, parts = q.data.view(old.quant_storage).view(-1, 1), state_parts(q, state.quant_type, state.dtype)
+    base.weight = type(old).from_prequantized(data, parts, device=old.device, module=base)
+
+
+def _forget_quantization(model: Any, dtype: torch.dtype) -> None:
+    if hasattr(model, "hf_quantizer"):
+        model.hf_quantizer.remove_quantization_config(model)
+    elif hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_loaded_in_4bit = False
+    model.config.dtype = dtype
+
+
+def _random_tokens(model: Any) -> Tensor:
+    weight = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(weight.shape[0], (2, 64), generator=generator).to(weight.device)
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
