@@ -87,7 +87,8 @@ def merge_4bit(
 
 def _readable_layers(model: nn.Module) -> list[Any]:
     """Every adapted layer, or ValueError with the first that can't be merged here."""
-    layers = []
+    layers: list[Any] = []
+    module: Any
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             projection = read_projection(module)
