@@ -1,9 +1,9 @@
 """The CUDA kernels as nvcc compiles them for every architecture, read from the machine code, without a GPU; on one,
 their values.
 
-Budgets are instructions per weight in the loop that warps run. The counts made before compiling are in csrc/cuda/nf4.cuh
-and nf4_matmul.cuh: 4.25, 4.5 for fp32, 3.5 for the product. The compiler needed 4.4, 4.8 and 3.8 to 3.95, and the budgets
-here were set after that, a little above: they guard against growth and confirm no prediction.
+Budgets are instructions per weight in the loop that warps run. The counts made before compiling are in
+csrc/cuda/nf4.cuh and nf4_matmul.cuh: 4.25, 4.5 for fp32, 3.5 for the product. The compiler needed 4.4, 4.8 and 3.8 to
+3.95, and the budgets here were set after that, a little above: they guard against growth and confirm no prediction.
 """
 
 import collections
@@ -37,8 +37,8 @@ BUDGETS = {
     "matmul_4bitI6__half": (128, 4.0),
 }
 # More on sm_75, which converts fp16 one by one and then packs it, and rounds to bf16 with integers and a test for NaN.
-# Six and a half was expected for bf16, and about twelve compiled. By arithmetic a T4 issues 60 instructions per weight in
-# the time that its 320 GB/s take.
+# Six and a half was expected for bf16, and about twelve compiled. By arithmetic a T4 issues 60 instructions per weight
+# in the time that its 320 GB/s take.
 TURING = {"half": 1.0, "bfloat16": 12.0}
 
 
