@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from .lora_ops import cast, columns, doubled, scaled_b, stacked
+from .matmul_4bit import MATMUL_4BIT
 from .nf4 import Quantized4bit
 
 
@@ -114,31 +115,43 @@ def saving_is_free() -> bool:
     return hooks is not None and hooks[0].__qualname__.startswith(("_checkpoint_hook", "_recomputation_hook"))
 
 
-def kept_weights(projections: Sequence[Projection], weights: Sequence[Tensor]) -> list[Tensor]:
+def kept_weights(projections: Sequence[Projection], weights: Sequence[Tensor | None]) -> list[Tensor]:
     """The dense weights that a forward should save, because its backward follows at once or saving costs nothing."""
-    quantized = any(isinstance(p.weight, Quantized4bit) for p in projections)
-    return list(weights) if quantized and (saving_is_free() or recomputing()) else []
+    dense = [weight for weight in weights if weight is not None]
+    quantized = len(dense) == len(weights) and any(isinstance(p.weight, Quantized4bit) for p in projections)
+    return dense if quantized and (saving_is_free() or recomputing()) else []
 
 
-def dense_weights(projections: Sequence[Projection], dtype: torch.dtype) -> list[Tensor]:
-    """The weights in the compute dtype. 4-bit ones are dequantised here, and again in backward unless they were kept
-    (``kept_weights``): always kept, they would take the memory that quantisation saved."""
-    return [
-        torch.ops.fuselora.dequantize_4bit(*p.weight.operands(), dtype)
-        if isinstance(p.weight, Quantized4bit)
-        else cast(p.weight, dtype)
-        for p in projections
-    ]
+def dense_weight(weight: Tensor | Quantized4bit, dtype: torch.dtype) -> Tensor:
+    """The weight in the compute dtype. A 4-bit one is dequantised here, and again in backward unless it was kept
+    (``kept_weights``): always kept, it would take the memory that quantisation saved."""
+    if isinstance(weight, Quantized4bit):
+        return torch.ops.fuselora.dequantize_4bit(*weight.operands(), dtype)
+    return cast(weight, dtype)
+
+
+def few_rows(rows: int, like: Tensor, weight: Tensor | Quantized4bit) -> bool:
+    """Whether a product of so few rows with this 4-bit weight is made without dequantising it first (generation)."""
+    if not isinstance(weight, Quantized4bit) or like.device.type != "cuda":
+        return False
+    x = like.new_empty(rows, weight.shape[1])
+    return MATMUL_4BIT.select("CUDA", (x, *weight.operands(), None, False)) is not MATMUL_4BIT.reference
+
+
+def forward_weights(projections: Sequence[Projection], x: Tensor) -> list[Tensor | None]:
+    """The weights in x's dtype; None for one that ``few_rows`` meet as it is."""
+    return [None if few_rows(x.shape[0], x, p.weight) else dense_weight(p.weight, x.dtype) for p in projections]
 
 
 def project(
-    x: Tensor, projections: Sequence[Projection], s: Tensor | None, weights: Sequence[Tensor] | None = None
+    x: Tensor, projections: Sequence[Projection], s: Tensor | None, weights: Sequence[Tensor | None] | None = None
 ) -> list[Tensor]:
-    """Y_i [M, N_i] from X [M, K] and S; ``weights`` are the ``dense_weights`` if they are there already."""
-    weights = list(weights or dense_weights(projections, x.dtype))
+    """Y_i [M, N_i] from X [M, K] and S; ``weights`` are the ``forward_weights`` if they are there already."""
+    weights = list(weights or forward_weights(projections, x))
     biases = [_combined_bias(p, x.dtype) for p in projections]
-    if s is None:
-        return [torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    if s is None or any(weight is None for weight in weights):
+        ys = [_base(x, *parts) for parts in zip(projections, weights, biases, strict=True)]
+        return ys if s is None else _add_low_ranks(ys, s, projections)
     loras, owners = all_adapters(projections)
     b, scalings, splits = [lora.b for lora in loras], [lora.scaling for lora in loras], [lora.split for lora in loras]
     return torch.ops.fuselora.lora_project(x, weights, biases, s, b, scalings, owners, splits)
@@ -159,13 +172,30 @@ def route_mask(routes: Tensor, rows: int, ranks: Sequence[int]) -> Tensor:
     return routes.repeat_interleave(rows // max(1, routes.numel())).unsqueeze(1) == owner
 
 
-def add_delta(y: Tensor, s: Tensor, loras: Sequence[LoRA]) -> Tensor:
-    """y + sum_j S_j (c_j B_j)^T + c_j bias_j for a base layer that has computed y [M, N] by itself."""
+def _base(x: Tensor, proj: Projection, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        return torch.nn.functional.linear(x, weight, bias)
+    assert isinstance(proj.weight, Quantized4bit)
+    return torch.ops.fuselora.matmul_4bit(x, *proj.weight.operands(), bias, False)
+
+
+def _add_low_rank(y: Tensor, s: Tensor, loras: Sequence[LoRA]) -> Tensor:
+    """y + sum_j S_j (c_j B_j)^T."""
     splits, ranks = [lora.split for lora in loras], [lora.b.shape[1] for lora in loras]
     wide = stacked([scaled_b(lora.b, lora.scaling) for lora in loras], splits, y.dtype, 1)
+    return torch.addmm(y, doubled(s, ranks, splits, range(len(loras))), wide.t())
+
+
+def _add_low_ranks(ys: Sequence[Tensor], s: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    ranks = [sum(lora.b.shape[1] for lora in adapters(p.lora)) for p in projections]
+    parts = zip(ys, s.split(ranks, dim=1), projections, strict=True)
+    return [_add_low_rank(y, part, adapters(p.lora)) if p.lora else y for y, part, p in parts]
+
+
+def add_delta(y: Tensor, s: Tensor, loras: Sequence[LoRA]) -> Tensor:
+    """y + sum_j S_j (c_j B_j)^T + c_j bias_j for a base layer that has computed y [M, N] by itself."""
     parts = [lora.bias * lora.scaling for lora in loras if lora.bias is not None]
-    base = y + sum(parts[1:], parts[0]).to(y.dtype) if parts else y
-    return torch.addmm(base, doubled(s, ranks, splits, range(len(loras))), wide.t())
+    return _add_low_rank(y + sum(parts[1:], parts[0]).to(y.dtype) if parts else y, s, loras)
 
 
 def low_rank_backward(
@@ -235,7 +265,7 @@ def projections_backward(
         x: [M, K], or a function that is given dX and dS and returns X: the GLU's backward rebuilds H in the pass that
             consumes dH, so the down projection's H exists only from there on. Needs ``need_dx``.
         needs: flags in the tensors' places.
-        weights: the ``dense_weights`` of all projections if they are there already.
+        weights: those of all projections in the compute dtype if they are there already.
     """
     nothing: Any = None
     grads = [Projection(nothing, None, (LoRA(nothing, nothing),) * len(adapters(p.lora))) for p in projections]
@@ -246,11 +276,10 @@ def projections_backward(
         s = _live_columns(s, projections, live)
     used = [dy for dy in dys if dy is not None]
     projections, needs = [projections[i] for i in live], [needs[i] for i in live]
-    if need_dx:
-        weights = [weights[i] for i in live] if weights else dense_weights(projections, used[0].dtype)
-    else:
-        weights = []
-    dx, x, lora_grads = low_rank_backward(used, weights, x, projections, s, needs, need_dx)
+    weights = [weights[i] for i in live] if weights else []
+    if need_dx and not weights:
+        weights = [dense_weight(p.weight, used[0].dtype) for p in projections]
+    dx, x, lora_grads = low_rank_backward(used, weights if need_dx else [], x, projections, s, needs, need_dx)
     for i, dy, proj, need in zip(live, used, projections, needs, strict=True):
         loras = adapters(proj.lora)
         dw = torch.mm(dy.t(), x).to(proj.weight.dtype) if need.weight else nothing

@@ -20,7 +20,7 @@ from .lora import (
     add_delta,
     bias_grads,
     compute_dtype,
-    dense_weights,
+    forward_weights,
     kept_weights,
     low_rank_backward,
     no_autocast,
@@ -97,7 +97,7 @@ class _LoRALinears(torch.autograd.Function):
         with no_autocast(x):
             x2 = rows(x).to(dtype)
             s = shrink(x2, projections)
-            weights = dense_weights(projections, dtype)
+            weights = forward_weights(projections, x2)
             ys = tuple(unrows(y, x) for y in project(x2, projections, s, weights))
         kept = kept_weights(projections, weights)
         ctx.save_for_backward(x2, s, *kept, *tensors)

@@ -24,7 +24,7 @@ from .lora import (
     Projection,
     adapters,
     compute_dtype,
-    dense_weights,
+    forward_weights,
     kept_weights,
     no_autocast,
     project,
@@ -54,7 +54,7 @@ class _LoRAMLP(torch.autograd.Function):
         with no_autocast(x):
             x2 = rows(x).to(dtype)
             s = shrink(x2, inputs)
-            weights = dense_weights(projections, dtype)
+            weights = forward_weights(projections, x2)
             outs = project(x2, inputs, s, weights[:-1])
             gate, up = outs if len(outs) == 2 else outs[0].chunk(2, dim=-1)
             h = torch.ops.fuselora.glu(gate, up, act)

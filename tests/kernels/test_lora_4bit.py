@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fuselora.functional import LoRA, Projection, dequantize_4bit, lora_linear, lora_linears, lora_mlp, quantize_4bit
+from fuselora.kernels import lora
 from fuselora.testing import saved_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -13,8 +14,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def projection(n, k, dtype, rank=4, bias=False, double=True):
     w = torch.randn(n, k) * k**-0.5
-    lora = LoRA(*(torch.randn(s).mul(0.1).requires_grad_() for s in ((rank, k), (n, rank))), 2.0)
-    return Projection(quantize_4bit(w.to(dtype), double=double), torch.randn(n).to(dtype) if bias else None, lora)
+    adapter = LoRA(*(torch.randn(s).mul(0.1).requires_grad_() for s in ((rank, k), (n, rank))), 2.0)
+    return Projection(quantize_4bit(w.to(dtype), double=double), torch.randn(n).to(dtype) if bias else None, adapter)
 
 
 def dense(proj, dtype):
@@ -40,6 +41,25 @@ def test_qkv_and_mlp_equal_the_dequantised_weights(dtype, double):
         exact = results(lambda fn=fn, ps=projections: fn([dense(p, dtype) for p in ps]), x, projections)
         for a, b in zip(ours, exact, strict=True):
             assert torch.equal(a, b)
+
+
+def test_few_rows_meet_the_weight_as_it_is(monkeypatch):
+    """Generation: a product that dequantises inside, and the low-rank part behind it, in every block."""
+    x = torch.randn(2, 1, 40, requires_grad=True)
+    qkv = [projection(n, 40, torch.float32, bias=n == 24) for n in (40, 24, 24)]
+    qkv[1] = qkv[1]._replace(lora=None)
+    mlp = [projection(*size, torch.float32) for size in ((56, 40), (56, 40), (40, 56))]
+
+    def run():
+        outs = [*lora_linears(x, qkv), lora_mlp(x, *mlp)]
+        return [*outs, *torch.autograd.grad(sum(y.sum() for y in outs), [x, qkv[0].lora.a, mlp[2].lora.b])]
+
+    dense = run()
+    calls = []
+    monkeypatch.setattr(lora, "few_rows", lambda rows, like, weight: calls.append(rows) or weight is not mlp[1].weight)
+    for a, b in zip(run(), dense, strict=True):
+        torch.testing.assert_close(a, b)
+    assert calls == [2] * 6
 
 
 def test_dense_weights_are_not_kept():
