@@ -88,15 +88,15 @@ def merge_4bit(
 def _readable_layers(model: nn.Module) -> list[Any]:
     """Every adapted layer, or ValueError with the first that can't be merged here."""
     layers: list[Any] = []
-    module: Any
     for name, module in model.named_modules():
+        layer: Any = module
         if isinstance(module, BaseTunerLayer):
-            projection = read_projection(module)
+            projection = read_projection(layer)
             if isinstance(projection, str):
                 raise ValueError(
                     f"merge_4bit: {name}: expected plain LoRA on a 4-bit or dense linear, got {projection}"
                 )
-            layers.append(module)
+            layers.append(layer)
     if not any(is_4bit(stock_class(layer.base_layer)) for layer in layers):
         raise ValueError("merge_4bit: model: expected an adapter on a 4-bit linear, got none; use merge_and_unload")
     return layers
