@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "fuselora_4bit"
-NAMES = ["weight", *(f"weight.{name}" for name in TABLES), *(f"weight.{STATE}{kind}" for kind in QUANT_TYPES)]
+# The first name found in a key counts, so the shortest comes last.
+NAMES = [*(f"weight.{name}" for name in TABLES), *(f"weight.{STATE}{kind}" for kind in QUANT_TYPES), "weight"]
 
 
 def load_4bit(
