@@ -1,7 +1,7 @@
 """A differentiable DoRA linear: each output's weight row keeps its direction from W + s B A and its length from m.
 
     norm_n = || W_n + s (B A)_n ||_2,  g = m / norm                 norm is a constant to autograd, as in the paper
-    without dropout   u = x W^T + s (x A^T) B^T                     y = g u + bias
+    without dropout   u = x W^T + s (x A^T) B^T                     y = (u + bias) + (g - 1) u
     with dropout      z = x' W^T,  x' = drop(x)                     y = x W^T + bias + (g - 1) z + s (x' A^T) (g B)^T
 
 Dropout makes the layer a sum of two: PEFT, whose formula this is, keeps x W^T and drops the input of everything that
@@ -73,6 +73,8 @@ class _DoRALinear(torch.autograd.Function):
             dy2 = rows(dy)
             backward = _backward if lora.p == 0.0 else _backward_dropped
             dx, dw, da, db, dg = backward(dy2, x2, s, u, weight, lora, magnitude / norm, needs, need_x)
+            if dg is not None and bias is not None and lora.p == 0.0:  # u + bias was saved
+                dg = dg - bias * dy2.sum(0, dtype=dg.dtype)
             dbias, _ = bias_grads(dy2, bias, (), Projection(weight, needs[1], ()))
             dm = (dg / norm).to(magnitude.dtype) if needs[5] else None
         dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtype)
@@ -82,11 +84,14 @@ class _DoRALinear(torch.autograd.Function):
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA, g: Tensor
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """(S, u, y) without dropout."""
-    projections = [Projection(weight, None, lora)]
+    """(S, u + bias, y) without dropout. y = (u + bias) + (g - 1) u is exactly the plain layer where g is 1 and B is 0,
+    as after PEFT's initialisation; g u + bias rounds elsewhere than a GEMM with a bias."""
+    projections = [Projection(weight, bias, lora)]
     s = shrink(x, projections)
     (u,) = project(x, projections, s)
-    return s, u, torch.ops.fuselora.dora_scale(u, g, bias, None)
+    if bias is None:
+        return s, u, torch.ops.fuselora.dora_scale(u, g, None, None)
+    return s, u, torch.ops.fuselora.dora_scale(u, g - 1.0, (1.0 - g) * bias, u)
 
 
 def _backward(
