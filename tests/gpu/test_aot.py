@@ -34,10 +34,18 @@ EXCEPTIONS: dict[tuple[str, int | None, str], str] = {
     ("grad_a_kernel", 100, "tensor cores"): WGMMA,
     ("_adamw_factors", 90, "budget"): "38.9 against 38; one program per optimizer step, over a few thousand numbers",
 }
+# The same for fp32, in which nobody trains on such GPUs: misses that are known and left.
+FP32_EXCEPTIONS: dict[tuple[str, int | None, str], str] = {
+    ("cross_entropy_rows_kernel", 100, "spills"): "two to four words of per-row values, not in the loop's vectors",
+    ("grad_a_kernel", 100, "spills"): "two words, with dropout on three adapters",
+    ("grad_s_b_kernel", 75, "spills"): "two words, at an unaligned width",
+    ("_product", None, "load"): "rows of x go by 4 bytes; the codes, which are most bytes at bf16, go by 16",
+}
 
 
-def excused(kernel: str, capability: int, what: str) -> bool:
-    return bool({(kernel, capability, what), (kernel, None, what)} & EXCEPTIONS.keys())
+def excused(item: Recorded, capability: int, what: str) -> bool:
+    keys = {(item.kernel, capability, what), (item.kernel, None, what)}
+    return bool(keys & EXCEPTIONS.keys()) or (item.dtype == torch.float32 and bool(keys & FP32_EXCEPTIONS.keys()))
 
 
 @pytest.mark.parametrize("capability", aot.ARCHITECTURES)
@@ -47,7 +55,8 @@ def test_kernels_compile_within_their_limits(name, capability, aot_rows):
     for dtype in DTYPES if FULL else DTYPES[:2] if capability in (75, 90) else DTYPES[:1]:
         for item in workload_launches(name, capability, dtype):
             if not isinstance(item, Recorded):
-                if capability >= 80:  # below, kernels that multiply matrices are refused
+                # Below sm_80 kernels that multiply matrices are refused, and in fp32 products of more rows than pay.
+                if capability >= 80 and dtype != torch.float32:
                     problems.append(f"{name}[{item[0]}, {dtype}]: refused: {item[1]}")
                 continue
             compiled += 1
@@ -59,7 +68,7 @@ def test_kernels_compile_within_their_limits(name, capability, aot_rows):
             problems += [
                 f"{item.where} on sm_{capability}: {text}"
                 for what, text in check(item, used, touched, capability)
-                if not excused(item.kernel, capability, what)
+                if not excused(item, capability, what)
             ]
             aot_rows.append(row(item, used, capability))
     assert compiled or capability < 80, f"{name}: no workload launches a kernel"
