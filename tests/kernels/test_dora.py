@@ -131,3 +131,14 @@ def test_bad_arguments_get_one_sentence(change, message):
     arguments = {"x": torch.randn(3, K), "weight": torch.randn(N, K), "bias": None, "lora": adapter()}
     with pytest.raises(ValueError, match=message):
         dora_linear(**{**arguments, "magnitude": torch.ones(N), **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_after_initialisation_it_is_the_plain_layer_to_the_last_bit(dtype):
+    """PEFT starts with B = 0 and the magnitudes at the norms."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(9, 130).to(dtype), torch.randn(70, 130).to(dtype), torch.randn(70).to(dtype)
+    a, b = torch.randn(4, 130).to(dtype), torch.zeros(70, 4).to(dtype)
+    magnitude = torch.ops.fuselora.dora_norm(weight, a, b, 2.0)
+    plain = torch.nn.functional.linear(x, weight, bias)
+    assert torch.equal(dora_linear(x, weight, bias, LoRA(a, b, 2.0), magnitude), plain)
