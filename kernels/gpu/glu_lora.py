@@ -165,7 +165,7 @@ def glu_bwd_lora(
     part = triton.cdiv(triton.cdiv(m, parts), BLOCK_M) * BLOCK_M
     rank, wide = max(16, triton.next_power_of_2(max(ranks))), gate.element_size() == 4
     cols = COLS // 2 if wide and rank > 16 else COLS  # fp32 tiles of 128 columns at rank 32 spilled on sm_86 and 89
-    stages = 2 if wide else 4 if rank == 16 else 3  # within 99 KB of shared memory
+    stages = 2 if wide else 3  # within 99 KB of shared memory; four spilled under Triton 3.6 on sm_120
     constants = dict(zip(("R_A", "R_GATE", "R_UP"), ranks, strict=True), BLOCK_M=BLOCK_M, COLS=cols, RANK=rank)
     tensors, options = (
         (dgate, dup, *partial, dh, gate, up, *rows),
