@@ -12,7 +12,8 @@ import torch
 
 from fuselora.engine import metrics, output
 from fuselora.engine.chat import describe, encode_all
-from fuselora.engine.config import Config, config_help, load_config
+from fuselora.engine.config import Config, load_config
+from fuselora.engine.config_docs import config_help
 from fuselora.engine.data import load_splits
 from fuselora.engine.errors import UserError, run_command
 from fuselora.engine.model import build_model, check_vocabulary, load_tokenizer, quiet_libraries, resolve_base

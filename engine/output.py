@@ -11,7 +11,8 @@ import torch
 
 from fuselora.engine.chat import prompt_ids
 from fuselora.engine.checkpoint import PREFIX
-from fuselora.engine.config import Config, config_yaml
+from fuselora.engine.config import Config
+from fuselora.engine.config_docs import config_yaml
 from fuselora.engine.data import Conversation
 from fuselora.engine.errors import UserError, expected
 from fuselora.engine.kbit import dequantize_linears

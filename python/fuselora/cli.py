@@ -69,7 +69,7 @@ def _env(arguments: list[str]) -> int:
 
 
 def _config_docs(arguments: list[str]) -> int:
-    from fuselora.engine.config import config_markdown
+    from fuselora.engine.config_docs import config_markdown
 
     print(config_markdown(), end="")
     return 0
@@ -85,7 +85,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def usage() -> str:
-    from fuselora.engine.config import config_help
+    from fuselora.engine.config_docs import config_help
 
     assert __doc__ is not None
     return f"{__doc__}\nkeys of train and verify, with their defaults:\n\n{config_help()}"

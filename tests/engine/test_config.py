@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fuselora.engine.config import Config, config_help, config_markdown, config_yaml, load_config
+from fuselora.engine.config import Config, load_config
+from fuselora.engine.config_docs import config_help, config_markdown, config_yaml
 from fuselora.engine.errors import UserError
 
 REQUIRED = {"model_name_or_path": "quickstart", "dataset": "quickstart", "output_dir": "out"}

@@ -1,0 +1,96 @@
+"""What a configuration must satisfy beyond its types: choices, required keys, ranges, combinations.
+
+Each check raises one ``UserError`` that names the key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from fuselora.engine.config_types import as_yaml
+from fuselora.engine.errors import expected
+
+if TYPE_CHECKING:
+    from fuselora.engine.config import Config
+
+
+def check(config: Config) -> None:
+    """Raise ``UserError`` for the first key that can't be used as it is."""
+    _check_choices(config)
+    _check_required(config)
+    _check_supported(config)
+    _check_ranges(config)
+    _check_combinations(config)
+
+
+def _check_choices(config: Config) -> None:
+    for f in fields(config):
+        choices, value = f.metadata["choices"], getattr(config, f.name)
+        if choices and value not in choices:
+            raise expected(f.name, "one of " + ", ".join(choices), repr(value), "choose one of those")
+
+
+def _check_required(config: Config) -> None:
+    needed = {"model_name_or_path": "a hub id, a folder or `quickstart`", "output_dir": "a folder"}
+    if config.do_train:
+        needed["dataset"] = "a name in dataset_info.json or `quickstart`"
+    for key, want in needed.items():
+        if not getattr(config, key):
+            raise expected(key, want, "nothing", f"add a line {key}: ...")
+
+
+def _check_supported(config: Config) -> None:
+    supported: dict[str, tuple[Any, str]] = {
+        "stage": ("sft", "other objectives do not exist here yet"),
+        "finetuning_type": ("lora", "other kinds do not exist here yet"),
+        "packing": (False, "packed sequences do not exist here yet"),
+        "neftune_noise_alpha": (None, "noisy embeddings do not exist here yet"),
+        "fp16": (False, "set bf16: true, which needs no loss scaling, or leave both out for fp32"),
+        "report_to": ("none", "read trainer_log.jsonl instead"),
+    }
+    for key, (want, remedy) in supported.items():
+        if getattr(config, key) != want:
+            raise expected(key, as_yaml(want), as_yaml(getattr(config, key)), remedy)
+    if config.quantization_bit not in (None, 4, 8):
+        raise expected("quantization_bit", "null, 4 or 8", config.quantization_bit, "choose one of those")
+    if config.quantization_method.lower() not in ("bnb", "bitsandbytes"):
+        raise expected("quantization_method", "bnb", config.quantization_method, "others do not exist here yet")
+
+
+def _check_ranges(config: Config) -> None:
+    at_least_one = (
+        "lora_rank lora_alpha per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+        "cpu_threads logging_steps save_steps save_total_limit eval_steps max_samples max_new_tokens"
+    )
+    ranges = dict.fromkeys(at_least_one.split(), (1, float("inf")))
+    ranges |= dict.fromkeys(["adam_beta1", "adam_beta2", "lora_dropout", "warmup_ratio"], (0, 1))
+    ranges |= dict.fromkeys(
+        "learning_rate num_train_epochs weight_decay max_grad_norm val_size warmup_steps seed data_seed".split(),
+        (0, float("inf")),
+    )
+    ranges |= {"cutoff_len": (2, float("inf")), "max_steps": (-1, float("inf")), "adam_epsilon": (0, 1)}
+    for key, (low, high) in ranges.items():
+        value = getattr(config, key)
+        if value is not None and not low <= value < high:
+            want = f"{low} or more" if high == float("inf") else f"{low} <= {key} < {high}"
+            raise expected(key, want, value, "choose a value in that range")
+    if config.val_size >= 1 and config.val_size != int(config.val_size):
+        raise expected("val_size", "a share below 1 or a whole number of rows", config.val_size, "choose one of those")
+
+
+def _check_combinations(config: Config) -> None:
+    warmup = config.warmup_ratio > 0 or config.warmup_steps > 0
+    if config.lr_scheduler_type == "constant" and warmup:
+        raise expected("lr_scheduler_type", "constant_with_warmup for a warmup", "constant", "change one of the two")
+    if config.train_on_prompt and config.mask_history:
+        raise expected("mask_history", "false with train_on_prompt", "both true", "drop one of them")
+    if config.eval_dataset and config.val_size > 0:
+        raise expected("val_size", "0 when eval_dataset names held-out data", config.val_size, "drop one of them")
+    if config.bf16 and config.pure_bf16:
+        raise expected("pure_bf16", "only one of bf16 and pure_bf16", "both true", "drop one of them")
+    held_out = bool(config.eval_dataset) or config.val_size > 0
+    if config.eval_strategy != "no" and not held_out:
+        raise expected(
+            "eval_strategy", "no without held-out data", config.eval_strategy, "set eval_dataset or val_size"
+        )

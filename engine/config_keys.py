@@ -1,0 +1,162 @@
+"""Every configuration key as a dataclass field: name, type, default, group, help, choices.
+
+One class per section of a configuration file; ``config.Config`` joins them. The help text is the documentation:
+``--help`` and docs/config.md are made from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _key(group: str, default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelKeys:
+    """The base model: where it is, its precision, its quantisation, its attention."""
+
+    model_name_or_path: str = _key(
+        "model", "", "Hub id or folder of the base model; `quickstart` builds and caches a small one."
+    )
+    cache_dir: str | None = _key(
+        "model", None, "Folder of the quickstart base and of hub downloads; unset: the user's cache."
+    )
+    trust_remote_code: bool = _key("model", False, "Run Python code that comes with the model.")
+    flash_attn: str = _key(
+        "model", "auto", "Attention: `auto` leaves the choice to transformers.", ("auto", "disabled", "sdpa", "fa2")
+    )
+    bf16: bool = _key("model", False, "Base model in bfloat16; adapter weights and optimizer state stay fp32.")
+    pure_bf16: bool = _key("model", False, "Adapter and optimizer state in bfloat16 too.")
+    fp16: bool = _key("model", False, "Not supported: needs loss scaling.")
+    quantization_bit: int | None = _key(
+        "model",
+        None,
+        "Base linears but the head in 4 bits (QLoRA) or 8 bits (LLM.int8), by bitsandbytes; unset: dense.",
+    )
+    quantization_type: str = _key("model", "nf4", "The 16 values of 4-bit weights.", ("nf4", "fp4"))
+    double_quantization: bool = _key("model", True, "Quantise the scales of 4-bit weights too.")
+    quantization_method: str = _key("model", "bnb", "Only bitsandbytes, also as bnb.")
+    cpu_threads: int | None = _key("model", None, "CPU threads; unset: PyTorch's choice, every core.")
+    use_cpu: bool = _key("model", False, "Train on the CPU although an accelerator is there.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodKeys:
+    """What is learned and how: objective, adapter, masks, fusion."""
+
+    stage: str = _key("method", "sft", "Objective; only supervised fine-tuning for now.")
+    finetuning_type: str = _key("method", "lora", "Only LoRA for now.")
+    lora_rank: int = _key("method", 8, "Rank r of the adapter.")
+    lora_alpha: int | None = _key("method", None, "Numerator of the scaling alpha / r; unset: 2 r.")
+    lora_dropout: float = _key("method", 0.0, "Dropout on the adapter's input.")
+    lora_target: tuple[str, ...] = _key(
+        "method", ("all",), "Module names to adapt, comma-separated; `all`: every linear but the head."
+    )
+    use_rslora: bool = _key("method", False, "Scaling alpha / sqrt(r).")
+    use_dora: bool = _key("method", False, "Weight-decomposed LoRA.")
+    additional_target: tuple[str, ...] = _key("method", (), "Modules trained in full and saved with the adapter.")
+    train_on_prompt: bool = _key("method", False, "Train on every token, not only on the answers.")
+    mask_history: bool = _key("method", False, "Train on the last answer of a conversation only.")
+    neftune_noise_alpha: float | None = _key("method", None, "Not supported yet.")
+    fuse: bool = _key("method", True, "Patch the model with fused operations; false trains stock PEFT.")
+    fuse_strict: bool = _key("method", False, "Stop if any part of the model can't be fused.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataKeys:
+    """The data sets and how rows become sequences."""
+
+    dataset: tuple[str, ...] = _key(
+        "data", (), "Names in dataset_info.json, comma-separated; `quickstart`: the built-in pairs."
+    )
+    dataset_dir: str = _key("data", "data", "Folder with dataset_info.json.")
+    eval_dataset: tuple[str, ...] = _key("data", (), "Held-out sets; `quickstart`: the built-in held-out pairs.")
+    val_size: float = _key("data", 0.0, "Held-out share (below 1) or number of rows taken from `dataset`.")
+    max_samples: int | None = _key("data", None, "Use at most this many rows of each set.")
+    template: str | None = _key(
+        "data", None, "File with a Jinja chat template; unset or a bare name: the tokenizer's own."
+    )
+    cutoff_len: int = _key("data", 2048, "Longest sequence in tokens; longer ones are cut at the end.")
+    packing: bool = _key("data", False, "Not supported yet.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputKeys:
+    """What a run writes."""
+
+    output_dir: str = _key("output", "", "Folder for adapter, checkpoints, log and curve.")
+    overwrite_output_dir: bool = _key(
+        "output", False, "Write into an output_dir that is not empty; its old checkpoints are removed."
+    )
+    logging_steps: int = _key("output", 10, "Steps between log lines.")
+    save_strategy: str = _key("output", "steps", "When to write checkpoints.", ("no", "steps", "epoch"))
+    save_steps: int = _key("output", 500, "Steps between checkpoints.")
+    save_total_limit: int | None = _key("output", None, "Keep only this many checkpoints, newest first.")
+    plot_loss: bool = _key("output", False, "Draw the loss curve as loss.png.")
+    report_to: str = _key("output", "none", "Only none for now; trainer_log.jsonl is always written.")
+    check_adapter: str = _key(
+        "output",
+        "auto",
+        "Reload the saved adapter in stock PEFT in fp32; auto: bases below 1e9 weights.",
+        ("auto", "true", "false"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainKeys:
+    """The optimizer, the schedule and the geometry of a step."""
+
+    do_train: bool = _key("train", True, "Train; false: only evaluate the base model, writing nothing.")
+    per_device_train_batch_size: int = _key("train", 8, "Sequences per forward pass.")
+    gradient_accumulation_steps: int = _key("train", 1, "Forward passes per optimizer step.")
+    learning_rate: float = _key("train", 5e-5, "Peak learning rate.")
+    num_train_epochs: float = _key("train", 3.0, "Passes over the data.")
+    max_steps: int = _key("train", -1, "Optimizer steps; above 0 it replaces num_train_epochs.")
+    lr_scheduler_type: str = _key(
+        "train", "linear", "Shape of the schedule.", ("linear", "cosine", "constant", "constant_with_warmup")
+    )
+    warmup_ratio: float = _key("train", 0.0, "Share of the steps with rising learning rate.")
+    warmup_steps: int = _key("train", 0, "Steps with rising learning rate; above 0 it replaces warmup_ratio.")
+    weight_decay: float = _key("train", 0.0, "AdamW's, on all trained weights but biases and norms.")
+    adam_beta1: float = _key("train", 0.9, "AdamW's first-moment decay.")
+    adam_beta2: float = _key("train", 0.999, "AdamW's second-moment decay.")
+    adam_epsilon: float = _key("train", 1e-8, "AdamW's denominator term.")
+    max_grad_norm: float = _key("train", 1.0, "Clip the gradient's norm; 0 turns it off.")
+    gradient_checkpointing: bool = _key("train", True, "Recompute activations in backward instead of keeping them.")
+    disable_gradient_checkpointing: bool = _key("train", False, "The same switch the other way round; true wins.")
+    use_reentrant_gc: bool = _key("train", False, "Checkpointing with re-entrant autograd.")
+    cuda_graphs: bool = _key(
+        "train",
+        False,
+        "Replay forward and backward as CUDA graphs, one per batch shape: for short steps; not measured yet.",
+    )
+    seed: int = _key("train", 42, "Seed of adapter weights and dropout.")
+    data_seed: int | None = _key("train", None, "Seed of the data order; unset: seed.")
+    resume_from_checkpoint: bool | str | None = _key(
+        "train", None, "true: newest good checkpoint in output_dir; or a checkpoint folder."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalKeys:
+    """Evaluation and the sample after training."""
+
+    do_eval: bool = _key("eval", True, "Evaluate after training if there is held-out data.")
+    eval_on_start: bool = _key("eval", True, "Evaluate before training too.")
+    eval_strategy: str = _key("eval", "no", "When to evaluate during training.", ("no", "steps", "epoch"))
+    eval_steps: int | None = _key("eval", None, "Steps between evaluations; unset: logging_steps.")
+    per_device_eval_batch_size: int = _key("eval", 8, "Sequences per forward pass in evaluation.")
+    max_new_tokens: int = _key("eval", 64, "Length of the sample generation after training.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcceptedKeys:
+    """Keys of existing files that change nothing here."""
+
+    ddp_timeout: int | None = _key("accepted", None, "No effect here.")
+    preprocessing_num_workers: int | None = _key("accepted", None, "No effect here.")
+    dataloader_num_workers: int | None = _key("accepted", None, "No effect here.")
+    overwrite_cache: bool | None = _key("accepted", None, "No effect here: nothing tokenised is cached.")

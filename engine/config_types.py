@@ -1,0 +1,57 @@
+"""Values of configuration keys as their declared types, and both as users read and write them."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import Field
+from typing import Any
+
+from fuselora.engine.errors import expected
+
+
+def coerce(f: Field[Any], hint: Any, value: Any) -> Any:
+    """``value`` as ``hint``. YAML 1.1 reads 1e-4 as text and a bare ``no`` as false; both are accepted."""
+    if isinstance(value, bool) and f.metadata["choices"]:
+        words = ("true", "yes") if value else ("false", "no")
+        value = next((word for word in words if word in f.metadata["choices"]), value)
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = list(typing.get_args(hint)) if union else [hint]
+    if value is None and type(None) in kinds:
+        return None
+    if value is None and typing.get_origin(hint) is tuple:  # `eval_dataset=` and `eval_dataset: null` name no set
+        return ()
+    for kind in kinds:
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                continue
+        if kind is str and isinstance(value, str):
+            return value
+        if typing.get_origin(kind) is tuple:
+            parts = value.split(",") if isinstance(value, str) else value
+            if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
+                return tuple(part.strip() for part in parts if part.strip())
+    raise expected(f.name, type_words(hint), f"{value!r} ({type(value).__name__})", "correct the value")
+
+
+def type_words(hint: Any) -> str:
+    """A type as users read it."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
+    kinds = typing.get_args(hint) if union else (hint,)
+    return " or ".join(names.get(kind, "a name or a list of names") for kind in kinds)
+
+
+def as_yaml(value: Any) -> str:
+    """A value as one writes it in YAML."""
+    if isinstance(value, tuple):
+        return ",".join(value) or "null"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
