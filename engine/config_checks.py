@@ -45,8 +45,6 @@ def _check_supported(config: Config) -> None:
         "stage": ("sft", "other objectives do not exist here yet"),
         "finetuning_type": ("lora", "other kinds do not exist here yet"),
         "packing": (False, "packed sequences do not exist here yet"),
-        "neftune_noise_alpha": (None, "noisy embeddings do not exist here yet"),
-        "fp16": (False, "set bf16: true, which needs no loss scaling, or leave both out for fp32"),
         "report_to": ("none", "read trainer_log.jsonl instead"),
     }
     for key, (want, remedy) in supported.items():
@@ -61,12 +59,16 @@ def _check_supported(config: Config) -> None:
 def _check_ranges(config: Config) -> None:
     at_least_one = (
         "lora_rank lora_alpha per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-        "cpu_threads logging_steps save_steps save_total_limit eval_steps max_samples max_new_tokens"
+        "cpu_threads logging_steps save_steps save_total_limit eval_steps max_samples max_new_tokens "
+        "early_stopping_steps ddp_timeout"
     )
     ranges = dict.fromkeys(at_least_one.split(), (1, float("inf")))
-    ranges |= dict.fromkeys(["adam_beta1", "adam_beta2", "lora_dropout", "warmup_ratio"], (0, 1))
     ranges |= dict.fromkeys(
-        "learning_rate num_train_epochs weight_decay max_grad_norm val_size warmup_steps seed data_seed".split(),
+        ["adam_beta1", "adam_beta2", "lora_dropout", "warmup_ratio", "label_smoothing_factor"], (0, 1)
+    )
+    ranges |= dict.fromkeys(
+        "learning_rate num_train_epochs weight_decay max_grad_norm val_size warmup_steps seed data_seed "
+        "neftune_noise_alpha loraplus_lr_ratio loraplus_lr_embedding eval_delay".split(),
         (0, float("inf")),
     )
     ranges |= {"cutoff_len": (2, float("inf")), "max_steps": (-1, float("inf")), "adam_epsilon": (0, 1)}
@@ -87,10 +89,25 @@ def _check_combinations(config: Config) -> None:
         raise expected("mask_history", "false with train_on_prompt", "both true", "drop one of them")
     if config.eval_dataset and config.val_size > 0:
         raise expected("val_size", "0 when eval_dataset names held-out data", config.val_size, "drop one of them")
-    if config.bf16 and config.pure_bf16:
-        raise expected("pure_bf16", "only one of bf16 and pure_bf16", "both true", "drop one of them")
+    if config.bf16 + config.pure_bf16 + config.fp16 > 1:
+        raise expected("bf16", "only one of bf16, pure_bf16 and fp16", "several", "drop all but one")
     held_out = bool(config.eval_dataset) or config.val_size > 0
     if config.eval_strategy != "no" and not held_out:
         raise expected(
             "eval_strategy", "no without held-out data", config.eval_strategy, "set eval_dataset or val_size"
         )
+    _check_best(config)
+
+
+def _check_best(config: Config) -> None:
+    """The best checkpoint can be known only where evaluations and checkpoints meet."""
+    if config.early_stopping_steps is not None and config.eval_strategy == "no":
+        raise expected("early_stopping_steps", "an eval_strategy", "eval_strategy: no", "set steps or epoch")
+    if not config.load_best_model_at_end:
+        return
+    if config.eval_strategy == "no" or config.save_strategy != config.eval_strategy:
+        got = f"save_strategy {config.save_strategy}, eval_strategy {config.eval_strategy}"
+        raise expected("load_best_model_at_end", "equal strategies, steps or epoch", got, "make them equal")
+    every = config.eval_steps or config.logging_steps
+    if config.eval_strategy == "steps" and config.save_steps % every:
+        raise expected("save_steps", f"a multiple of eval_steps {every}", config.save_steps, "change one of them")

@@ -9,6 +9,30 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+)
+OPTIMIZERS = (
+    "auto",
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "sgd",
+    "adafactor",
+)
+
 
 def _key(group: str, default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"group": group, "help": text, "choices": choices})
@@ -30,7 +54,9 @@ class ModelKeys:
     )
     bf16: bool = _key("model", False, "Base model in bfloat16; adapter weights and optimizer state stay fp32.")
     pure_bf16: bool = _key("model", False, "Adapter and optimizer state in bfloat16 too.")
-    fp16: bool = _key("model", False, "Not supported: needs loss scaling.")
+    fp16: bool = _key(
+        "model", False, "Base model in float16 with loss scaling, on a GPU only; adapter weights and state stay fp32."
+    )
     quantization_bit: int | None = _key(
         "model",
         None,
@@ -60,7 +86,9 @@ class MethodKeys:
     additional_target: tuple[str, ...] = _key("method", (), "Modules trained in full and saved with the adapter.")
     train_on_prompt: bool = _key("method", False, "Train on every token, not only on the answers.")
     mask_history: bool = _key("method", False, "Train on the last answer of a conversation only.")
-    neftune_noise_alpha: float | None = _key("method", None, "Not supported yet.")
+    neftune_noise_alpha: float | None = _key(
+        "method", None, "NEFTune: uniform noise of alpha / sqrt(length x width) on the embeddings, in training only."
+    )
     fuse: bool = _key("method", True, "Patch the model with fused operations; false trains stock PEFT.")
     fuse_strict: bool = _key("method", False, "Stop if any part of the model can't be fused.")
 
@@ -116,10 +144,24 @@ class TrainKeys:
     num_train_epochs: float = _key("train", 3.0, "Passes over the data.")
     max_steps: int = _key("train", -1, "Optimizer steps; above 0 it replaces num_train_epochs.")
     lr_scheduler_type: str = _key(
-        "train", "linear", "Shape of the schedule.", ("linear", "cosine", "constant", "constant_with_warmup")
+        "train", "linear", "Shape of the schedule, as in transformers' get_scheduler.", SCHEDULES
+    )
+    lr_scheduler_kwargs: dict[str, Any] | None = _key(
+        "train", None, "Further arguments of the schedule, such as `{num_cycles: 2}` or `{min_lr_rate: 0.1}`."
     )
     warmup_ratio: float = _key("train", 0.0, "Share of the steps with rising learning rate.")
-    warmup_steps: int = _key("train", 0, "Steps with rising learning rate; above 0 it replaces warmup_ratio.")
+    warmup_steps: float = _key(
+        "train", 0, "Steps with rising learning rate; below 1 a share of all steps. Above 0 it replaces warmup_ratio."
+    )
+    optim: str = _key(
+        "train",
+        "auto",
+        "Optimizer; auto: AdamW, on a GPU in three launches for all weights. 8bit and paged ones need bitsandbytes.",
+        OPTIMIZERS,
+    )
+    loraplus_lr_ratio: float | None = _key("train", None, "LoRA+: learning rate of B over that of A; unset: equal.")
+    loraplus_lr_embedding: float = _key("train", 1e-6, "LoRA+: learning rate of LoRA on embeddings.")
+    label_smoothing_factor: float = _key("train", 0.0, "Share of the target spread over the whole vocabulary.")
     weight_decay: float = _key("train", 0.0, "AdamW's, on all trained weights but biases and norms.")
     adam_beta1: float = _key("train", 0.9, "AdamW's first-moment decay.")
     adam_beta2: float = _key("train", 0.999, "AdamW's second-moment decay.")
@@ -133,11 +175,42 @@ class TrainKeys:
         False,
         "Replay forward and backward as CUDA graphs, one per batch shape: for short steps; not measured yet.",
     )
+    auto_find_batch_size: bool = _key(
+        "train",
+        False,
+        "Out of memory: halve the sequences per forward pass and repeat the step; the result is the same.",
+    )
+    on_nonfinite: str = _key(
+        "train",
+        "stop",
+        "A loss or gradient that is not finite: stop with a checkpoint of the state before, or skip the step.",
+        ("stop", "skip"),
+    )
     seed: int = _key("train", 42, "Seed of adapter weights and dropout.")
     data_seed: int | None = _key("train", None, "Seed of the data order; unset: seed.")
     resume_from_checkpoint: bool | str | None = _key(
-        "train", None, "true: newest good checkpoint in output_dir; or a checkpoint folder."
+        "train",
+        None,
+        "true: newest complete checkpoint in output_dir; auto: the same, or from the start without one; a folder: that "
+        "one; unset: as true if output_dir holds checkpoints and overwrite_output_dir is false.",
     )
+    ddp_timeout: int = _key("train", 1800, "Seconds until a collective of several processes gives up.")
+    ddp_backend: str | None = _key("train", None, "Collectives; unset: nccl on GPUs, gloo on CPUs.")
+    ddp_find_unused_parameters: bool = _key(
+        "train", False, "For models that leave trained weights out of some steps; costs a pass over the graph."
+    )
+    fsdp: str | bool | None = _key(
+        "train",
+        None,
+        "Shard weights over the processes with FSDP2: `full_shard`, or `shard_grad_op` to keep them whole "
+        "between forward and backward.",
+    )
+    fsdp_config: dict[str, Any] | str | None = _key(
+        "train",
+        None,
+        "A mapping, or a JSON file with one; reshard_after_forward counts, layers are found by themselves.",
+    )
+    deepspeed: dict[str, Any] | str | None = _key("train", None, "DeepSpeed's configuration: a JSON file or a mapping.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +221,13 @@ class EvalKeys:
     eval_on_start: bool = _key("eval", True, "Evaluate before training too.")
     eval_strategy: str = _key("eval", "no", "When to evaluate during training.", ("no", "steps", "epoch"))
     eval_steps: int | None = _key("eval", None, "Steps between evaluations; unset: logging_steps.")
+    eval_delay: float = _key("eval", 0, "Steps (epochs with eval_strategy epoch) before the first evaluation.")
+    early_stopping_steps: int | None = _key(
+        "eval", None, "Stop after this many evaluations in a row without a better metric_for_best_model."
+    )
+    load_best_model_at_end: bool = _key("eval", False, "Finish with the weights of the best checkpoint, and keep it.")
+    metric_for_best_model: str | None = _key("eval", None, "What is best; unset: eval_loss.")
+    greater_is_better: bool | None = _key("eval", None, "unset: false for a metric that ends in loss, else true.")
     per_device_eval_batch_size: int = _key("eval", 8, "Sequences per forward pass in evaluation.")
     max_new_tokens: int = _key("eval", 64, "Length of the sample generation after training.")
 
@@ -156,7 +236,6 @@ class EvalKeys:
 class AcceptedKeys:
     """Keys of existing files that change nothing here."""
 
-    ddp_timeout: int | None = _key("accepted", None, "No effect here.")
     preprocessing_num_workers: int | None = _key("accepted", None, "No effect here.")
     dataloader_num_workers: int | None = _key("accepted", None, "No effect here.")
     overwrite_cache: bool | None = _key("accepted", None, "No effect here: nothing tokenised is cached.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from dataclasses import Field
@@ -33,6 +34,8 @@ def coerce(f: Field[Any], hint: Any, value: Any) -> Any:
                 continue
         if kind is str and isinstance(value, str):
             return value
+        if typing.get_origin(kind) is dict and (mapping := _mapping(value)) is not None:
+            return mapping
         if typing.get_origin(kind) is tuple:
             parts = value.split(",") if isinstance(value, str) else value
             if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
@@ -40,12 +43,23 @@ def coerce(f: Field[Any], hint: Any, value: Any) -> Any:
     raise expected(f.name, type_words(hint), f"{value!r} ({type(value).__name__})", "correct the value")
 
 
+def _mapping(value: Any) -> dict[str, Any] | None:
+    """A mapping, also as a line of JSON, which is how overrides give one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return None
+    return value if isinstance(value, dict) else None
+
+
 def type_words(hint: Any) -> str:
     """A type as users read it."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     names = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
     kinds = typing.get_args(hint) if union else (hint,)
-    return " or ".join(names.get(kind, "a name or a list of names") for kind in kinds)
+    rest = {dict: "a mapping", tuple: "a name or a list of names"}
+    return " or ".join(names.get(kind) or rest[typing.get_origin(kind)] for kind in kinds)
 
 
 def as_yaml(value: Any) -> str:
