@@ -6,13 +6,14 @@ in docs/config.md; ``python train.py --help`` lists them.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
 
 from fuselora.engine import metrics, output
 from fuselora.engine.chat import describe, encode_all
-from fuselora.engine.config import Config, load_config
+from fuselora.engine.config import Config, read_config
 from fuselora.engine.config_docs import config_help
 from fuselora.engine.data import load_splits
 from fuselora.engine.errors import UserError, run_command
@@ -69,7 +70,14 @@ def main(arguments: list[str]) -> int:
         print(config_help())
         return 0
     quiet_libraries()
-    return run_command(lambda: train(load_config(arguments)))
+    return run_command(lambda: _read_and_train(arguments))
+
+
+def _read_and_train(arguments: list[str]) -> int:
+    config, sorting = read_config(arguments)
+    if os.environ.get("RANK", "0") == "0":
+        print(sorting)
+    return train(config)
 
 
 if __name__ == "__main__":

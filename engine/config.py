@@ -1,15 +1,17 @@
-"""The training configuration: flat keys in a YAML file, ``key=value`` overrides after it.
+"""The training configuration: flat keys in a YAML or JSON file, ``key=value`` overrides after it.
 
 Key names are those LLaMA-Factory and the Hugging Face ``TrainingArguments`` made common, so that an existing file reads
 the same here. Every key is one field of ``Config``: config_keys.py declares it, config_checks.py checks it,
-config_docs.py documents it. An unknown key, a wrong type, an impossible combination or a feature that does not exist
-yet is a ``UserError`` before anything is loaded or written.
+config_docs.py documents it. config_compat.py says what becomes of the keys of existing files that are none here. An
+unknown key, a wrong type, an impossible combination or a feature that does not exist yet is a ``UserError`` before
+anything is loaded or written.
 """
 
 from __future__ import annotations
 
-import difflib
+import json
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from typing import Any
 import yaml
 
 from fuselora.engine.config_checks import check
+from fuselora.engine.config_compat import Sorting, sort_keys
 from fuselora.engine.config_keys import (
-    AcceptedKeys,
     DataKeys,
     EvalKeys,
     MethodKeys,
@@ -27,11 +29,11 @@ from fuselora.engine.config_keys import (
     TrainKeys,
 )
 from fuselora.engine.config_types import coerce
-from fuselora.engine.errors import UserError, expected, first_line
+from fuselora.engine.errors import expected, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AcceptedKeys, EvalKeys, TrainKeys, OutputKeys, DataKeys, MethodKeys, ModelKeys):
+class Config(EvalKeys, TrainKeys, OutputKeys, DataKeys, MethodKeys, ModelKeys):
     """One training run. Frozen: what the run used is what was read.
 
     A dataclass takes its fields from the last base to the first, so the sections stand in reverse order.
@@ -59,46 +61,66 @@ HINTS = typing.get_type_hints(Config)
 
 
 def load_config(arguments: list[str]) -> Config:
-    """Read ``[file.yaml] [key=value ...]``; later ones win."""
+    """Read ``[file] [key=value ...]``; later ones win."""
+    return read_config(arguments)[0]
+
+
+def read_config(arguments: list[str]) -> tuple[Config, Sorting]:
+    """Like ``load_config``, with what became of every key. ``file`` is YAML or JSON; --key value is accepted too."""
     values: dict[str, Any] = {}
     rest = list(arguments)
-    if rest and "=" not in rest[0]:
-        values.update(_read_yaml(Path(rest.pop(0))))
-    for argument in rest:
-        key, equals, text = argument.partition("=")
-        if not equals:
-            raise expected("argument", "key=value after the YAML file", repr(argument), "write it as key=value")
+    if rest and not rest[0].startswith("--") and ("=" not in rest[0] or Path(rest[0]).is_file()):
+        values.update(_read_file(Path(rest.pop(0))))
+    for key, text in _assignments(rest):
         try:
-            values[key.strip()] = yaml.safe_load(text)
+            values[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise expected(key, "a YAML value", repr(text), f"quote it ({first_line(error)})") from error
-    known = [f.name for f in fields(Config)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "see docs/config.md"
-            raise UserError(
-                f"unknown key {str(key)!r}: expected one of the {len(known)} keys of docs/config.md; {hint}"
-            )
-    return Config(**values)
+    ours, sorting = sort_keys(values, [f.name for f in fields(Config)])
+    return Config(**ours), sorting
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _assignments(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """(key, text) of key=value, --key=value, --key value, and of a --key alone, which is true."""
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not equals and argument.startswith("--"):
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        elif not equals:
+            raise expected("argument", "key=value after the file", repr(argument), "write it as key=value")
+        yield key.strip(), text
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise expected("config", "a YAML file", f"{str(path)!r}, which is not a file", "check the path")
+        raise expected("config", "a YAML or JSON file", f"{str(path)!r}, which is not a file", "check the path")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        values = _read_json(text) if path.suffix == ".json" else yaml.load(text, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, json.JSONDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise expected(
-            where, "YAML", getattr(error, "problem", None) or first_line(error), "correct the file"
-        ) from error
+        line = mark.line + 1 if mark else getattr(error, "lineno", None)
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise expected(f"{path}:{line}" if line else str(path), kind, problem, "correct the file") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise expected(str(path), "key: value lines", f"a {type(values).__name__}", "write one key per line")
     return values
+
+
+def _read_json(text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise json.JSONDecodeError(f"key {key!r} given twice", text, text.rindex(f'"{key}"'))
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
 import yaml
 
 from fuselora.engine.config import HINTS, Config
+from fuselora.engine.config_compat import HARMLESS, REFUSED, TRANSLATED, harmless_reasons
 from fuselora.engine.config_types import as_yaml, type_words
 
 
@@ -32,7 +34,31 @@ def config_markdown() -> str:
                 kind = ", ".join(f"`{c}`" for c in f.metadata["choices"]) or type_words(HINTS[f.name])
                 lines.append(f"| `{f.name}` | {kind} | `{default_of(f)}` | {f.metadata['help']} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_foreign_keys(), ""])
+
+
+def _foreign_keys() -> list[str]:
+    """The tables of config_compat.py as Markdown."""
+    lines = [
+        "## Keys of existing files",
+        "",
+        "LLaMA-Factory's and `TrainingArguments`' other keys are accepted where they change nothing. What became of",
+        "the keys of a file is printed at the start; a key in none of these tables is an error.",
+        "",
+        "### Translated",
+        "",
+        "| key | becomes |",
+        "|---|---|",
+    ]
+    for key, (target, table) in TRANSLATED.items():
+        said = "the same value" if table is None else ", ".join(f"{as_yaml(a)}: {as_yaml(b)}" for a, b in table.items())
+        lines.append(f"| `{key}` | `{target}` ({said}) |")
+    lines += ["", "### Harmless", "", "| why | keys |", "|---|---|"]
+    lines += [f"| {reason} | {', '.join(f'`{k}`' for k in keys.split())} |" for reason, keys in HARMLESS.items()]
+    lines += ["", "### Refused", "", "| key | accepted only as | otherwise |", "|---|---|---|"]
+    for key, (off, remedy) in REFUSED.items():
+        lines.append(f"| `{key}` | {', '.join(f'`{as_yaml(v)}`' for v in off if v != '')} | {remedy} |")
+    return lines
 
 
 def config_help() -> str:
@@ -43,6 +69,13 @@ def config_help() -> str:
         "",
     ]
     lines += [f"  {f.name:34} {default_of(f):12} {f.metadata['help']}" for f in fields(Config)]
+    lines += [
+        "",
+        "keys of existing files that mean something else, nothing or too much here (docs/config.md says why):",
+    ]
+    groups = {"translated": TRANSLATED, "harmless": harmless_reasons(), "refused": REFUSED}
+    for name, keys in groups.items():
+        lines += textwrap.wrap(f"{name}: {' '.join(keys)}", 118, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
 
 

@@ -230,12 +230,3 @@ class EvalKeys:
     greater_is_better: bool | None = _key("eval", None, "unset: false for a metric that ends in loss, else true.")
     per_device_eval_batch_size: int = _key("eval", 8, "Sequences per forward pass in evaluation.")
     max_new_tokens: int = _key("eval", 64, "Length of the sample generation after training.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AcceptedKeys:
-    """Keys of existing files that change nothing here."""
-
-    preprocessing_num_workers: int | None = _key("accepted", None, "No effect here.")
-    dataloader_num_workers: int | None = _key("accepted", None, "No effect here.")
-    overwrite_cache: bool | None = _key("accepted", None, "No effect here: nothing tokenised is cached.")
