@@ -152,9 +152,10 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded (batch, longest) int64 tensors: input_ids, attention_mask, labels."""
+def collate(examples: Sequence[Example], pad_id: int, multiple_of: int = 1) -> dict[str, torch.Tensor]:
+    """Right-padded int64 tensors (batch, longest rounded up to ``multiple_of``): input_ids, attention_mask, labels."""
     longest = max(len(example.input_ids) for example in examples)
+    longest += -longest % multiple_of
 
     def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
         return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])

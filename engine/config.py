@@ -53,6 +53,10 @@ class Config(EvalKeys, TrainKeys, OutputKeys, DataKeys, MethodKeys, ModelKeys):
         return self.seed if self.data_seed is None else self.data_seed
 
     @property
+    def packed(self) -> bool:
+        return self.packing or self.neat_packing
+
+    @property
     def checkpointing(self) -> bool:
         return self.gradient_checkpointing and not self.disable_gradient_checkpointing
 

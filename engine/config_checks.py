@@ -44,7 +44,6 @@ def _check_supported(config: Config) -> None:
     supported: dict[str, tuple[Any, str]] = {
         "stage": ("sft", "other objectives do not exist here yet"),
         "finetuning_type": ("lora", "other kinds do not exist here yet"),
-        "packing": (False, "packed sequences do not exist here yet"),
         "report_to": ("none", "read trainer_log.jsonl instead"),
     }
     for key, (want, remedy) in supported.items():
@@ -91,6 +90,9 @@ def _check_combinations(config: Config) -> None:
         raise expected("val_size", "0 when eval_dataset names held-out data", config.val_size, "drop one of them")
     if config.bf16 + config.pure_bf16 + config.fp16 > 1:
         raise expected("bf16", "only one of bf16, pure_bf16 and fp16", "several", "drop all but one")
+    if config.cuda_graphs and (config.packed or config.padding_free):
+        key = "padding_free" if config.padding_free else "packing" if config.packing else "neat_packing"
+        raise expected("cuda_graphs", f"false with {key}, whose rows differ from batch to batch", "true", "drop one")
     held_out = bool(config.eval_dataset) or config.val_size > 0
     if config.eval_strategy != "no" and not held_out:
         raise expected(

@@ -108,7 +108,15 @@ class DataKeys:
         "data", None, "File with a Jinja chat template; unset or a bare name: the tokenizer's own."
     )
     cutoff_len: int = _key("data", 2048, "Longest sequence in tokens; longer ones are cut at the end.")
-    packing: bool = _key("data", False, "Not supported yet.")
+    packing: bool = _key(
+        "data",
+        False,
+        "Fill rows of cutoff_len with several examples each, which never see each other; batch sizes count rows.",
+    )
+    neat_packing: bool = _key("data", False, "The same as packing: examples in one row are always kept apart here.")
+    padding_free: bool = _key(
+        "data", False, "Lay the rows of a micro-batch end to end in one row without padding; they stay apart."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

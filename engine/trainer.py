@@ -3,9 +3,9 @@
     loss(step) = sum over the step's trained tokens of -log p / number of those tokens
 
 The model's own loss divides by ``num_items_in_batch``, the count over all micro-batches of the step, so batch geometry
-doesn't change the result. Step s of an epoch takes examples s B .. (s + 1) B - 1 of that epoch's permutation, with
-B = per_device_train_batch_size x gradient_accumulation_steps: position is a function of the step, and a resumed run is
-bit-exact. The device is waited for only when something is logged, saved or evaluated.
+doesn't change the result. Step s of an epoch takes units s B .. (s + 1) B - 1 of that epoch's order (examples, or packs
+of them, see packing.py), with B = per_device_train_batch_size x gradient_accumulation_steps: position is a function of
+the step, and a resumed run is bit-exact. The device is waited for only when something is logged, saved or evaluated.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from typing import Any
 import torch
 
 from fuselora.engine import checkpoint, metrics, optim
-from fuselora.engine.chat import IGNORE, Example, collate, epoch_order, micro_batches
+from fuselora.engine.chat import IGNORE, Example, micro_batches
 from fuselora.engine.config import Config
 from fuselora.engine.errors import UserError, expected
+from fuselora.engine.packing import Collator, Units
 from fuselora.engine.patch.loss import trained_tokens
 from fuselora.engine.step_graph import StepGraphs, refusal
 
@@ -62,11 +63,13 @@ class Trainer:
             )
         self.model, self.train, self.held_out, self.config, self.pad_id = model, train, held_out, config, pad_id
         self.device = next(model.parameters()).device
+        self.units = Units(train, config)
+        self.collate = Collator.of(config, pad_id, self.device)
         self.output_dir = Path(config.output_dir)
         self.optimizer = optim.build_optimizer(model, config)
         self.graphs = self._build_graphs() if config.cuda_graphs else None
         self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        self.steps_per_epoch = math.ceil(len(train) / self.batch)
+        self.steps_per_epoch = math.ceil(len(self.units) / self.batch)
         by_epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         self.total_steps = config.max_steps if config.max_steps > 0 else by_epochs
         self.warmup = optim.warmup_steps(config, self.total_steps)
@@ -143,21 +146,18 @@ class Trainer:
 
     def _forward_backward(self, examples: Sequence[Example], tokens: int) -> torch.Tensor:
         if self.graphs is not None:
-            batch = {name: tensor.to(self.device) for name, tensor in collate(examples, self.pad_id).items()}
-            return self.graphs.forward_backward(batch, tokens, pad_id=self.pad_id, ignore_index=IGNORE)
+            return self.graphs.forward_backward(self.collate(examples), tokens, pad_id=self.pad_id, ignore_index=IGNORE)
         loss = self._loss(examples, tokens)
         loss.backward()
         return loss.detach()
 
     def _loss(self, examples: Sequence[Example], tokens: int) -> torch.Tensor:
-        batch = {name: tensor.to(self.device) for name, tensor in collate(examples, self.pad_id).items()}
         with trained_tokens(sum(example.trained for example in examples)):
-            return self.model(**batch, num_items_in_batch=tokens).loss
+            return self.model(**self.collate(examples), num_items_in_batch=tokens).loss
 
     def _examples(self, step: int) -> list[Example]:
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = epoch_order(len(self.train), seed=self.config.order_seed, epoch=epoch)
-        return [self.train[i] for i in order[position * self.batch : (position + 1) * self.batch]]
+        return self.units.of_epoch(epoch)[position * self.batch : (position + 1) * self.batch]
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -213,6 +213,7 @@ class Trainer:
             "per_device_train_batch_size": self.config.per_device_train_batch_size,
             "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
             "data_seed": self.config.order_seed,
+            "packing to": self.config.cutoff_len if self.config.packed else None,
             "lora_alpha": self.config.alpha,
             "lora_dropout": self.config.lora_dropout,
             "training data (sha256)": data.hexdigest()[:16],

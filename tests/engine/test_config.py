@@ -82,7 +82,6 @@ def test_required(key):
     [
         {"stage": "dpo"},
         {"finetuning_type": "full"},
-        {"packing": True},
         {"fp16": True, "bf16": True},
         {"optim": "lion"},
         {"lr_scheduler_kwargs": "0.1"},

@@ -1,0 +1,196 @@
+"""Several documents in one row, kept apart: less padding, the same loss.
+
+    row           [ A A A A A | B B B | C C C C | fill ]
+    position_ids    0 1 2 3 4   0 1 2   0 1 2 3   0
+    labels          - a a a a   - b b   - c c c   -        the first token of a document is nobody's target
+    cu_seq_lens   0, 5, 8, 12, 13                          borders in the flattened batch
+
+Which documents share a row is best-fit decreasing over the whole epoch: longest first, each into the fullest row that
+still has room. Equal lengths are taken in the epoch's seeded order and the rows are shuffled by it, so a packing is a
+pure function of (lengths, seed, epoch): a resumed run needs no state, and every epoch has the same number of rows,
+because which of two documents of one length goes where changes no row's free space.
+
+The batch holds no ``attention_mask`` and turns ``use_cache`` off: transformers tells documents apart by positions only
+without a mask and without a cache, and forgets to, silently, with either. Attention that takes borders gets them under
+the names of transformers' ``FlashAttentionKwargs``, made once per batch on the CPU, so no layer has to ask the device
+for them.
+
+Shapes: input_ids, labels, position_ids int64 [rows, longest row]; cu_seq_lens_q and _k int32 [documents + 1], over the
+flattened batch with the fill of each row as a document of its own; max_length_q and _k Python integers.
+Cost of a dense mask, where an attention needs one, is rows x longest row ** 2, never more than that of padded rows as
+long; ``padding_free`` makes one row of a micro-batch, best with attention that takes borders.
+Source: best-fit decreasing, Johnson 1974: at most 11/9 of the fewest rows, plus 4.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from fuselora.engine.chat import IGNORE, Example, collate, epoch_order
+from fuselora.engine.config import Config
+
+
+@dataclass(frozen=True)
+class Pack(Example):
+    """Documents one after the other; ``lengths`` are theirs. Trained positions count as in any example."""
+
+    lengths: tuple[int, ...]
+
+
+def join(examples: Iterable[Example]) -> Pack:
+    """One row of the examples in order. Packs may be joined too."""
+    ids: list[int] = []
+    labels: list[int] = []
+    lengths: list[int] = []
+    for example in examples:
+        ids += example.input_ids
+        labels += [IGNORE, *example.labels[1:]]
+        lengths += example.lengths if isinstance(example, Pack) else (len(example.input_ids),)
+    return Pack(ids, labels, tuple(lengths))
+
+
+def best_fit(lengths: Sequence[int], capacity: int, order: Sequence[int] | None = None) -> list[list[int]]:
+    """Rows of indices into ``lengths``, each row at most ``capacity`` long: best-fit decreasing, ties by ``order``.
+
+    O(n log capacity). A length of 0 or above ``capacity`` is a ValueError.
+    """
+    order = range(len(lengths)) if order is None else order
+    rows: list[list[int]] = []
+    with_room: dict[int, list[int]] = defaultdict(list)  # free tokens -> rows, filled in turn
+    free: list[int] = []  # the keys of with_room, ascending
+    for index in sorted(order, key=lambda i: -lengths[i]):
+        length = lengths[index]
+        if not 0 < length <= capacity:
+            raise ValueError(f"length: expected 1 to {capacity}, got {length} at {index}; cut the document")
+        place = bisect.bisect_left(free, length)
+        if place == len(free):
+            room, row = capacity, len(rows)
+            rows.append([])
+        else:
+            room = free[place]
+            row = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], free[place]
+        rows[row].append(index)
+        left = room - length
+        if left:
+            if left not in with_room:
+                bisect.insort(free, left)
+            with_room[left].append(row)
+    return rows
+
+
+def pack_epoch(examples: Sequence[Example], capacity: int, *, seed: int, epoch: int) -> list[Pack]:
+    """All examples in packs of at most ``capacity`` tokens, in the order of this epoch."""
+    order = epoch_order(len(examples), seed=seed, epoch=epoch)
+    rows = best_fit([len(example.input_ids) for example in examples], capacity, order)
+    shuffled = epoch_order(len(rows), seed=seed, epoch=epoch)
+    return [join(examples[i] for i in rows[row]) for row in shuffled]
+
+
+def cut_stream(documents: Iterable[Example], length: int, *, isolated: bool) -> list[Pack]:
+    """Text as pre-training takes it: documents one after the other, cut every ``length`` tokens; the last may be short.
+
+    ``isolated`` keeps documents apart inside a piece. Otherwise a piece is one document: each token, also the first of
+    a document, is predicted from all before it in the piece.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    borders: list[int] = []
+    for document in documents:
+        borders.append(len(ids))
+        ids += document.input_ids
+        labels += document.labels
+    pieces = []
+    for start in range(0, len(ids), length):
+        stop = min(start + length, len(ids))
+        inside = borders[bisect.bisect_right(borders, start) : bisect.bisect_left(borders, stop)] if isolated else []
+        edges = [start, *inside, stop]
+        parts = [Example(ids[a:b], labels[a:b]) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+        pieces.append(join(parts))
+    return pieces
+
+
+class Units:
+    """What batches are made of, in each epoch's order: the examples, or with ``packing`` packs of ``cutoff_len``."""
+
+    def __init__(self, examples: Sequence[Example], config: Config) -> None:
+        self.examples, self.config = examples, config
+        self._epoch: int | None = None
+        self._of_epoch: list[Example] = []
+
+    def __len__(self) -> int:
+        """Units per epoch, the same in every epoch."""
+        if not self.config.packed:
+            return len(self.examples)
+        return len(best_fit([len(example.input_ids) for example in self.examples], self.config.cutoff_len))
+
+    def of_epoch(self, epoch: int) -> list[Example]:
+        """The epoch's units; the last epoch asked for is kept."""
+        if epoch != self._epoch:
+            seed = self.config.order_seed
+            if self.config.packed:
+                self._of_epoch = [*pack_epoch(self.examples, self.config.cutoff_len, seed=seed, epoch=epoch)]
+            else:
+                order = epoch_order(len(self.examples), seed=seed, epoch=epoch)
+                self._of_epoch = [self.examples[i] for i in order]
+            self._epoch = epoch
+        return self._of_epoch
+
+
+@dataclass(frozen=True)
+class Collator:
+    """A micro-batch as the model's keyword arguments, on ``device``; rows are a multiple of ``multiple_of`` long.
+
+    Packs become rows of a packed batch, other examples padded rows, or with ``padding_free`` one packed row.
+    """
+
+    pad_id: int
+    device: torch.device
+    padding_free: bool = False
+    multiple_of: int = 1
+
+    @classmethod
+    def of(cls, config: Config, pad_id: int, device: torch.device) -> Collator:
+        return cls(pad_id, device, config.padding_free)
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        if self.padding_free:
+            examples = [join(examples)]
+        if any(isinstance(example, Pack) for example in examples):
+            packs = [example if isinstance(example, Pack) else join([example]) for example in examples]
+            batch = collate_packs(packs, self.pad_id, self.multiple_of)
+        else:
+            batch = collate(examples, self.pad_id, self.multiple_of)
+        moved = {id(x): x.to(self.device) for x in batch.values() if isinstance(x, torch.Tensor)}
+        return {name: moved.get(id(x), x) for name, x in batch.items()}
+
+
+def collate_packs(packs: Sequence[Pack], pad_id: int, multiple_of: int = 1) -> dict[str, Any]:
+    """Packs as rows of equal length; see the module docstring for what is in the batch."""
+    longest = max(len(pack.input_ids) for pack in packs)
+    longest += -longest % multiple_of
+    lengths = [[*pack.lengths, longest - len(pack.input_ids)] for pack in packs]
+    borders = torch.tensor([0, *accumulate(n for row in lengths for n in row if n)], dtype=torch.int32)
+    longest_document = max(n for row in lengths for n in row)
+
+    def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+
+    return {
+        "input_ids": padded([pack.input_ids for pack in packs], pad_id),
+        "labels": padded([pack.labels for pack in packs], IGNORE),
+        "position_ids": torch.tensor([[i for n in row for i in range(n)] for row in lengths]),
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest_document,
+        "max_length_k": longest_document,
+        "use_cache": False,
+    }
