@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fuselora.engine.patch.blocks import run_linears
 from fuselora.engine.patch.modules import FusedRMSNorm
 from fuselora.engine.patch.state import bypass_reason, read_block
 from fuselora.engine.patch.swap import Fused, decline, is_fused
-from fuselora.kernels.lora_linear import lora_linears
 from fuselora.kernels.qk_norm_rope import qk_norm_rope
 from fuselora.kernels.rope import rope
 
@@ -72,7 +72,7 @@ class FusedAttention(Fused):
         if projections is None:
             outputs = tuple(linear(hidden_states) for linear in self.fuse_linears())
         else:
-            outputs = lora_linears(hidden_states, projections)
+            outputs = run_linears(self, hidden_states, self.fuse_linears(), projections)
         q, k, v = self.fuse_split(outputs)
         q, k = self.fuse_rotate(q, k, *position_embeddings)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

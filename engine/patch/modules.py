@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fuselora.engine.patch.blocks import run_linears, run_mlp
 from fuselora.engine.patch.quantized import base_in_compute_dtype, is_4bit
 from fuselora.engine.patch.state import (
     active_adapters,
@@ -24,8 +25,7 @@ from fuselora.engine.patch.swap import Fused, decline, is_fused
 from fuselora.kernels.dora_linear import dora_linear
 from fuselora.kernels.glu import glu, glu_packed
 from fuselora.kernels.layer_norm import layer_norm
-from fuselora.kernels.lora_linear import lora_delta, lora_linear
-from fuselora.kernels.lora_mlp import lora_mlp, lora_mlp_packed
+from fuselora.kernels.lora_linear import lora_delta
 from fuselora.kernels.rms_norm import add_rms_norm, rms_norm
 
 
@@ -128,7 +128,7 @@ class FusedLoRALinear(Fused):
             return super().forward(x, *args, **kwargs)
         projections = read_projections(x, self)
         if not isinstance(projections, str):
-            return lora_linear(x, *projections[0])
+            return run_linears(self, x, (self,), projections)[0]
         y = self.fuse_base(x)
         if not y.is_floating_point() or y.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             decline(self, f"the base layer returns {y.dtype} for {x.dtype}")
@@ -224,7 +224,7 @@ class FusedGatedMLP(Fused):
         if projections is None:
             *inputs, down = self.fuse_linears()
             return down((glu if len(inputs) == 2 else glu_packed)(*(linear(x) for linear in inputs), act))
-        return (lora_mlp if len(projections) == 3 else lora_mlp_packed)(x, *projections, act)
+        return run_mlp(self, x, self.fuse_linears(), projections, act)
 
 
 class FusedPackedMLP(FusedGatedMLP):

@@ -19,6 +19,10 @@ from fuselora.kernels.nf4 import Quantized4bit
 
 LINEARS_4BIT = {f"bitsandbytes.nn.modules:{name}" for name in ("Linear4bit", "LinearNF4", "LinearFP4")}
 PEFT_4BIT = "peft.tuners.lora.bnb:Linear4bit"
+KEEPS_DTYPE = (
+    "where peft.prepare_model_for_kbit_training turned norms and embeddings to fp32, fuselora.prepare_kbit keeps their "
+    "dtype"
+)
 
 
 def class_path(cls: type) -> str:
@@ -86,19 +90,28 @@ def _storage_reason(module: Any, computes: torch.dtype) -> str | None:
     return f"the weight was quantised from {stored} and rounds through it; the layer computes in {computes}"
 
 
+def base_dtype(x: Tensor, module: Any) -> torch.dtype:
+    """The dtype in which a 4-bit linear multiplies, where a fused layer on it can: x's, or the narrower one that it
+    casts an fp32 x to, as behind ``prepare_model_for_kbit_training``."""
+    computes, kind = computes_in(x, module), x.device.type
+    if x.dtype != torch.float32 or computes.itemsize != 2 or _storage_reason(module, computes):
+        return x.dtype
+    differs = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != computes
+    return x.dtype if differs else computes
+
+
 def compute_reason(x: Tensor, module: Any) -> str | None:
-    """Why a 4-bit linear does not compute in x's dtype, or None."""
+    """Why a fused layer on a 4-bit linear can't compute as that does, or None."""
+    computes = computes_in(x, module)
+    if base_dtype(x, module) != x.dtype:
+        return None
     if reason := _autocast_reason(x):
         return reason
-    computes = computes_in(x, module)
     if computes == x.dtype:
         return _storage_reason(module, computes)
     casts = f"the input is {x.dtype}, bnb_4bit_compute_dtype {computes}: every linear casts its input and its output"
     if computes.itemsize < x.dtype.itemsize:
-        return (
-            f"{casts}; where peft.prepare_model_for_kbit_training turned norms and embeddings to fp32, "
-            "fuselora.prepare_kbit keeps their dtype"
-        )
+        return f"{casts}; {KEEPS_DTYPE}"
     return f"{casts}; fuselora.prepare_kbit(model, compute_dtype={x.dtype}) avoids it"
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from fuselora.engine.patch.families import FAMILIES
 from fuselora.engine.patch.rules import find
-from fuselora.engine.patch.swap import Fused, declined, is_fused
+from fuselora.engine.patch.swap import Fused, declined, is_fused, noted
 from fuselora.kernels.registry import OPS, implementation
 
 FUSED, PARTIAL, STOCK = "fused", "partial", "stock"
@@ -21,7 +21,8 @@ BLOCK_NAME = re.compile(r"(Attention|MLP|FeedForward|Norm|Block|Experts)$")
 
 @dataclass(frozen=True)
 class Row:
-    """One module. ``calls_declined`` counts the calls since patching that ran stock."""
+    """One module. ``calls_declined`` counts the calls since patching that ran stock; the ``reason`` of a fused row is a
+    note on what it computes."""
 
     module: str
     kind: str
@@ -83,6 +84,8 @@ def _fused_row(name: str, module: nn.Module) -> Row:
         status = PARTIAL if any(is_fused(child) for child in module.modules() if child is not module) else STOCK
     elif calls:
         status, reason = PARTIAL, "; ".join(calls)
+    else:
+        reason = noted(module)
     weight = next(iter(module.parameters()), None)
     impl = _implementations(module.fuse_ops, weight) if status != STOCK else "-"
     return Row(

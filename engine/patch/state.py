@@ -15,7 +15,14 @@ from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from fuselora.engine.patch.quantized import PEFT_4BIT, class_path, compute_reason, is_4bit, read_4bit
+from fuselora.engine.patch.quantized import (
+    PEFT_4BIT,
+    base_dtype,
+    class_path,
+    compute_reason,
+    is_4bit,
+    read_4bit,
+)
 from fuselora.engine.patch.swap import is_fused, stock_class
 from fuselora.kernels.lora import LoRA, Projection
 
@@ -201,18 +208,24 @@ def input_reason(x: Tensor, module: nn.Module, proj: Projection) -> str | None:
     return dtype_reason(x, proj.weight) if isinstance(proj.weight, Tensor) else compute_reason(x, base_linear(module))
 
 
+def linear_dtype(x: Tensor, module: nn.Module, proj: Projection) -> torch.dtype:
+    """What the base of a linear that ``input_reason`` lets pass multiplies in; see ``base_dtype``."""
+    return x.dtype if isinstance(proj.weight, Tensor) else base_dtype(x, base_linear(module))
+
+
 def read_projections(x: Tensor | None, *modules: nn.Module) -> list[Projection] | str:
     """Several projections of one input; the first reason wins. ``x`` None skips the dtype check (for the report)."""
-    projections = []
+    projections, dtypes = [], set()
     for module in modules:
         proj = read_projection(module)
         if isinstance(proj, str):
             return proj
-        reason = None if x is None else input_reason(x, module, proj)
-        if reason:
-            return reason
+        if x is not None:
+            if reason := input_reason(x, module, proj):
+                return reason
+            dtypes.add(linear_dtype(x, module, proj))
         projections.append(proj)
-    return projections
+    return f"its linears compute in {' and '.join(sorted(map(str, dtypes)))}" if len(dtypes) > 1 else projections
 
 
 def read_block(x: Tensor | None, *modules: nn.Module) -> list[Projection] | None | str:

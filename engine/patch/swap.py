@@ -27,6 +27,7 @@ logger = logging.getLogger("fuselora")
 
 LOCK = threading.RLock()
 _DECLINED: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
+_NOTES: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 _LOGGED: set[tuple[str, str]] = set()
 
 
@@ -106,6 +107,7 @@ def swap(module: nn.Module, mixin: type[Fused]) -> None:
 def restore(module: nn.Module) -> None:
     module.__class__ = vars(type(module))["_fuselora_stock"]
     _DECLINED.pop(module, None)
+    _NOTES.pop(module, None)
 
 
 def decline(module: nn.Module, reason: str) -> None:
@@ -119,6 +121,18 @@ def decline(module: nn.Module, reason: str) -> None:
             return
         _LOGGED.add(key)
     logger.warning("%s runs stock: %s", *key)
+
+
+def note(module: nn.Module, text: str) -> None:
+    """Something to know about a call that ran fused, for the report; the last one counts."""
+    if not torch.compiler.is_compiling() and _NOTES.get(module) != text:
+        with LOCK:
+            _NOTES[module] = text
+
+
+def noted(module: nn.Module) -> str:
+    """The module's note, or an empty string."""
+    return _NOTES.get(module, "")
 
 
 def declined(module: nn.Module) -> Counter[str]:
