@@ -10,8 +10,9 @@ For projection i with frozen W_i [N_i, K], adapters A_j [r_j, K], B_j [N_i, r_j]
     dX   = sum_i dY_i W_i + sum_j drop_j^T(dS_j A_j)  [M, K]
     dbias_i = sum_m dY_i,  dW_i = dY_i^T X            only where they are trained
 
-Saved for backward: X and the S_j (2r bytes per token in bf16; recomputing them would read X again), never a dropout
-mask. Every adapter has its own rank, scale, dropout, bias and dtype; a projection has any number of them.
+Saved for backward: X, or what makes it again if it is a norm's output (saving.py), and the S_j (2r bytes per token in
+bf16; recomputing them would read X again), never a dropout mask. Every adapter has its own rank, scale, dropout, bias
+and dtype; a projection has any number of them.
 
 Numerics: GEMMs run in the compute dtype (autocast's, else X's) with fp32 accumulation; adapters of another dtype (PEFT
 keeps fp32 adapters on a bf16 base) are cast once per call, r x (K + N) elements, instead of casting X, M x K; their
@@ -34,6 +35,7 @@ from torch import Tensor
 from .lora_ops import cast, columns, doubled, scaled_b, stacked
 from .matmul_4bit import MATMUL_4BIT
 from .nf4 import Quantized4bit
+from .saving import recomputing, saving_is_free
 
 
 class LoRA(NamedTuple):
@@ -101,18 +103,6 @@ def shrink(x: Tensor, projections: Sequence[Projection]) -> Tensor | None:
         return None
     a, seeds = [lora.a for lora in loras], [lora.seed for lora in loras]
     return torch.ops.fuselora.lora_shrink(x, a, seeds, [lora.p for lora in loras], [lora.split for lora in loras])
-
-
-def recomputing() -> bool:
-    """Whether a backward pass runs now. A forward inside one is that of re-entrant activation checkpointing: its own
-    backward follows at once, so what both need may be kept in between."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def saving_is_free() -> bool:
-    """Whether what is saved for backward now is dropped and computed again (the other kind of checkpointing)."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__qualname__.startswith(("_checkpoint_hook", "_recomputation_hook"))
 
 
 def kept_weights(projections: Sequence[Projection], weights: Sequence[Tensor | None]) -> list[Tensor]:

@@ -31,6 +31,7 @@ from .lora import (
 )
 from .nf4 import Quantized4bit, check_quantized
 from .registry import Sample, function
+from .saving import kept_input, normed_input, restored_input
 
 # Per projection: its weight if that is quantised (frozen, so autograd need not see it), and options per adapter.
 Static = tuple[tuple[Quantized4bit | None, tuple[tuple[float, float, bool], ...]], ...]
@@ -91,7 +92,7 @@ def unrows(y: Tensor, like: Tensor) -> Tensor:
 
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dtype, static, *tensors):
+    def forward(ctx, x, dtype, static, normed, *tensors):
         ctx.set_materialize_grads(False)
         projections = unflatten(tensors, static)
         with no_autocast(x):
@@ -100,20 +101,22 @@ class _LoRALinears(torch.autograd.Function):
             weights = forward_weights(projections, x2)
             ys = tuple(unrows(y, x) for y in project(x2, projections, s, weights))
         kept = kept_weights(projections, weights)
-        ctx.save_for_backward(x2, s, *kept, *tensors)
-        ctx.static, ctx.shape, ctx.dtype, ctx.kept = static, x.shape, x.dtype, len(kept)
+        source, norm_weight, ctx.how = kept_input(x2, normed)
+        ctx.save_for_backward(source, norm_weight, s, *kept, *tensors)
+        ctx.static, ctx.shape, ctx.dtype, ctx.compute, ctx.kept = static, x.shape, x.dtype, dtype, len(kept)
         return ys
 
     @staticmethod
     def backward(ctx, *dys):
-        x2, s, *rest = ctx.saved_tensors
+        source, norm_weight, s, *rest = ctx.saved_tensors
         weights, tensors = rest[: ctx.kept], rest[ctx.kept :]
-        projections, needs = unflatten(tensors, ctx.static), unflatten(ctx.needs_input_grad[3:], ctx.static)
-        with no_autocast(x2):
+        projections, needs = unflatten(tensors, ctx.static), unflatten(ctx.needs_input_grad[4:], ctx.static)
+        with no_autocast(source):
+            x2 = restored_input(source, norm_weight, ctx.how, ctx.compute)
             flat = [None if dy is None else rows(dy) for dy in dys]
             dx, grads = projections_backward(flat, x2, projections, s, needs, ctx.needs_input_grad[0], weights)
         dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtype)
-        return dx, None, None, *flatten(grads)[0]
+        return dx, None, None, None, *flatten(grads)[0]
 
 
 class _LoRADelta(torch.autograd.Function):
@@ -195,7 +198,7 @@ def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, 
     for i, proj in enumerate(projections):
         check_projection("lora_linears", f"projections[{i}]", x, proj)
     tensors, static = flatten([prepare(p, x) for p in projections])
-    return _LoRALinears.apply(x, compute_dtype(x), static, *tensors)
+    return _LoRALinears.apply(x, compute_dtype(x), static, normed_input(x), *tensors)
 
 
 def lora_linear(

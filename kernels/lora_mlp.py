@@ -4,8 +4,10 @@
     H = act(G) * U                  glu.py
     Y = down(H)
 
-Saved for backward: X, G, U and the small S's. H is not saved: the backward of the GLU rebuilds it in the pass that it
-makes anyway, so the block keeps 2 I + K values per token where stock keeps act(G), H, and an input copy per adapter.
+Saved for backward: X, or what makes it again if it is a norm's output (saving.py), G, U and the small S's. H is not
+saved: the backward of the GLU rebuilds it in the pass that it makes anyway, so the block keeps 2 I values per token
+(and K of X) where stock keeps act(G), H, and an input copy per adapter. Under ``saving.mlp_recompute`` only X is kept,
+or what makes it again: backward makes G, U and H once more, for a tile of rows at a time (mlp_block.py).
 
 Shapes: X [..., K], G, U, H [M, I], Y [..., N]. Packed layouts (one gate_up projection) give G and U as halves of one
 GEMM's output. Numerics and dtypes as in lora.py and glu.py.
@@ -13,24 +15,13 @@ GEMM's output. Numerics and dtypes as in lora.py and glu.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from . import checks, glu, glu_lora
-from .lora import (
-    LoRA,
-    Projection,
-    adapters,
-    compute_dtype,
-    forward_weights,
-    kept_weights,
-    no_autocast,
-    project,
-    projections_backward,
-    shrink,
-)
+from . import checks, glu
+from .lora import Projection, compute_dtype, forward_weights, kept_weights, no_autocast
 from .lora_linear import (
     check_projection,
     eager_projection,
@@ -41,114 +32,90 @@ from .lora_linear import (
     unflatten,
     unrows,
 )
+from .mlp_block import UntilH, down_product, gradients, tiled_gradients, tiled_output, until_h
 from .registry import Sample, function
+from .saving import kept_input, mlp_recomputes, normed_input, restored_input, saving_is_free
 
 
 class _LoRAMLP(torch.autograd.Function):
-    """Projections are (gate, up, down), or (gate_up, down) where one GEMM gives both halves."""
+    """Projections are (gate, up, down), or (gate_up, down) where one GEMM gives both halves.
+
+    With ``late`` None the result is Y. Else it is a ``_placeholder``, and ``late`` is given what makes Y: ``_Output``.
+    """
 
     @staticmethod
-    def forward(ctx, x, act, dtype, static, *tensors):
+    def forward(ctx, x, act, dtype, static, normed, late, *tensors):
         projections = unflatten(tensors, static)
-        *inputs, down = projections
         with no_autocast(x):
             x2 = rows(x).to(dtype)
-            s = shrink(x2, inputs)
             weights = forward_weights(projections, x2)
-            outs = project(x2, inputs, s, weights[:-1])
-            gate, up = outs if len(outs) == 2 else outs[0].chunk(2, dim=-1)
-            h = torch.ops.fuselora.glu(gate, up, act)
-            s_down = shrink(h, [down])
-            (y,) = project(h, [down], s_down, weights[-1:])
-            y = unrows(y, x)
+            block = until_h(x2, projections, act, weights)
+            if late is None:
+                result = unrows(down_product(block, projections[-1], weights[-1]), x)
+        if late is not None:
+            late.append(lambda: down_product(block, projections[-1], weights[-1]))
+            result = _placeholder(x, projections[-1], dtype)
+        source, norm_weight, ctx.how = kept_input(x2, normed)
         kept = kept_weights(projections, weights)
-        ctx.save_for_backward(x2, s, s_down, *outs, *kept, *tensors)
-        ctx.act, ctx.static, ctx.shape, ctx.dtype, ctx.kept = act, static, x.shape, x.dtype, len(kept)
-        return y
+        ctx.save_for_backward(source, norm_weight, block.s, block.s_down, *block.outs, *kept, *tensors)
+        ctx.act, ctx.static, ctx.shape, ctx.dtype, ctx.compute = act, static, x.shape, x.dtype, dtype
+        ctx.kept = len(kept)
+        return result
 
     @staticmethod
     def backward(ctx, dy):
         n = len(ctx.static) - 1
-        x2, s, s_down, *rest = ctx.saved_tensors
+        source, norm_weight, s, s_down, *rest = ctx.saved_tensors
         outs, weights, tensors = rest[:n], rest[n : n + ctx.kept], rest[n + ctx.kept :]
-        *inputs, down = unflatten(tensors, ctx.static)
-        *needs, need_down = unflatten(ctx.needs_input_grad[4:], ctx.static)
-        with no_autocast(x2):
-            glu_backward = _GluBackward(ctx.act, outs, s, inputs, down, needs, need_down)
-            _, down_grads = projections_backward(
-                [rows(dy)], glu_backward, [down], s_down, [glu_backward.need_down], True, weights[-1:]
-            )
-            dx, grads = projections_backward(
-                glu_backward.douts, x2, inputs, s, glu_backward.needs, ctx.needs_input_grad[0], weights[:-1]
-            )
-        grads = glu_backward.complete([*grads, *down_grads])
+        projections, needs = unflatten(tensors, ctx.static), unflatten(ctx.needs_input_grad[6:], ctx.static)
+        block = UntilH(s, outs, None, s_down)
+        with no_autocast(source):
+            x2 = restored_input(source, norm_weight, ctx.how, ctx.compute)
+            dx, grads = gradients(rows(dy), x2, block, projections, needs, ctx.needs_input_grad[0], ctx.act, weights)
         dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtype)
-        return dx, None, None, None, *flatten(grads)[0]
+        return dx, None, None, None, None, None, *flatten(grads)[0]
 
 
-class _GluBackward:
-    """The pass between the down projection's backward and that of gate and up: given dH (and dS of down), it leaves
-    dgate and dup in ``douts`` and returns H. Where it pays, the same pass makes the adapter gradients of H, dgate
-    and dup (``glu_lora.py``): then H is never written, ``needs`` asks the two sides not to make them, and ``complete``
-    puts them in place.
-    """
+class _RecomputedMLP(torch.autograd.Function):
+    """Keeps X, or what makes it again, and nothing else: backward runs the block again, tile by tile."""
 
-    def __init__(
-        self,
-        act: str,
-        outs: Sequence[Tensor],
-        s: Tensor | None,
-        inputs: Sequence[Projection],
-        down: Projection,
-        needs: Sequence[Projection],
-        need_down: Projection,
-    ) -> None:
-        self.act, self.outs, self.s, self.inputs, self.down = act, list(outs), s, inputs, down
-        self.needs, self.need_down, self.wanted = list(needs), need_down, [*needs, need_down]
-        self.douts: list[Tensor] = []
-        self.fused: list[Tensor] | None = None
-        self.fuse = glu_lora.pays(outs, inputs, down, need_down)
-        if self.fuse:
-            self.needs = [need._replace(lora=_without(need, "b")) for need in needs]
-            self.need_down = need_down._replace(lora=_without(need_down, "a"))
+    @staticmethod
+    def forward(ctx, x, act, dtype, static, normed, late, *tensors):
+        projections, x2 = unflatten(tensors, static), rows(x).to(dtype)
+        late.append(lambda: tiled_output(x2, projections, act))
+        source, norm_weight, ctx.how = kept_input(x2, normed)
+        ctx.save_for_backward(source, norm_weight, *tensors)
+        ctx.act, ctx.static, ctx.shape, ctx.dtype, ctx.compute = act, static, x.shape, x.dtype, dtype
+        return _placeholder(x, projections[-1], dtype)
 
-    def __call__(self, dh: Tensor, ds: Tensor | None) -> Tensor:
-        if self.fuse:
-            dgate, dup, self.fused = torch.ops.fuselora.glu_bwd_lora(dh, *self.outs, self.act, *self._factors(ds))
-            self.douts = [dgate, dup]
-            return dh  # no gradient that is left needs H
-        need_h = bool(self.need_down.weight) or any(need.a for need in adapters(self.need_down.lora))
-        backward = torch.ops.fuselora.glu_bwd if len(self.outs) == 2 else torch.ops.fuselora.glu_packed_bwd
-        *self.douts, h = backward(dh, *self.outs, self.act, need_h)
-        return h
-
-    def _factors(self, ds: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None], list[float]]:
-        """dS_down, S_gate, S_up; A_down, B_gate, B_up; the scalings; None for what is not needed."""
-        loras = [next(iter(adapters(p.lora)), None) for p in (self.down, *self.inputs)]
-        needs = [next(iter(adapters(need.lora)), None) for need in (self.wanted[-1], *self.wanted[:-1])]
-        ranks = [lora.a.shape[0] for lora in loras[1:] if lora is not None]
-        columns_of = iter(() if self.s is None else self.s.split(ranks, dim=1))
-        factors = [ds, *(None if lora is None else next(columns_of) for lora in loras[1:])]
-        wanted = [need is not None and bool(need.a if i == 0 else need.b) for i, need in enumerate(needs)]
-        chosen = [factor if wants else None for factor, wants in zip(factors, wanted, strict=True)]
-        tensors = [None if lora is None else (lora.a if i == 0 else lora.b) for i, lora in enumerate(loras)]
-        scalings = [1.0, *(1.0 if lora is None else lora.scaling for lora in loras[1:])]
-        return chosen, [t if f is not None else None for t, f in zip(tensors, chosen, strict=True)], scalings
-
-    def complete(self, grads: list[Projection]) -> list[Projection]:
-        """The gradients of (gate, up, down) with those that this pass made."""
-        if self.fused is None:
-            return grads
-        da_down, db_gate, db_up = (grad if grad.numel() else None for grad in self.fused)
-        parts = ({"b": db_gate}, {"b": db_up}, {"a": da_down})
-        return [
-            grad._replace(lora=tuple(one._replace(**part) for one in adapters(grad.lora)))
-            for grad, part in zip(grads, parts, strict=True)
-        ]
+    @staticmethod
+    def backward(ctx, dy):
+        source, norm_weight, *tensors = ctx.saved_tensors
+        projections, needs = unflatten(tensors, ctx.static), unflatten(ctx.needs_input_grad[6:], ctx.static)
+        with no_autocast(source):
+            x2 = restored_input(source, norm_weight, ctx.how, ctx.compute)
+            dx, grads = tiled_gradients(rows(dy), x2, projections, needs, ctx.needs_input_grad[0], ctx.act)
+        dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtype)
+        return dx, None, None, None, None, None, *grads
 
 
-def _without(need: Projection, factor: str) -> tuple[LoRA, ...]:
-    return tuple(one._replace(**{factor: False}) for one in adapters(need.lora))
+class _Output(torch.autograd.Function):
+    """Y, made behind the Function that saves what its backward needs: a recomputation that stops at the last saved
+    tensor (``torch.utils.checkpoint``) then ends in front of the products made here, unless a later op saves too."""
+
+    @staticmethod
+    def forward(ctx, placeholder, make):
+        with no_autocast(placeholder):
+            return unrows(make(), placeholder)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None
+
+
+def _placeholder(x: Tensor, down: Projection, dtype: torch.dtype) -> Tensor:
+    """Y's shape and place in the graph, without memory."""
+    return x.new_empty((), dtype=dtype).expand(*x.shape[:-1], down.weight.shape[0])
 
 
 def _apply(x: Tensor, inputs: list[Projection], down: Projection, act: str) -> Tensor:
@@ -159,7 +126,11 @@ def _apply(x: Tensor, inputs: list[Projection], down: Projection, act: str) -> T
     check_projection("lora_mlp", "down", x.new_empty(0, width), down)
     checks.check_choice("lora_mlp", "act", act, glu.ACTIVATIONS)
     tensors, static = flatten([prepare(p, x) for p in (*inputs, down)])
-    return _LoRAMLP.apply(x, act, compute_dtype(x), static, *tensors)
+    recompute = not torch.compiler.is_compiling() and mlp_recomputes()
+    late: list | None = [] if recompute or (not torch.compiler.is_compiling() and saving_is_free()) else None
+    block = _RecomputedMLP if recompute else _LoRAMLP
+    y = block.apply(x, act, compute_dtype(x), static, normed_input(x), late, *tensors)
+    return y if late is None else _Output.apply(y, late.pop())
 
 
 def lora_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection, act: str = "silu") -> Tensor:

@@ -31,6 +31,7 @@ from . import checks, native
 from .gpu.launch import lazy, refusal, sm_count
 from .gpu.norm_plan import partial_bytes
 from .registry import Cost, Sample, define, function, implement
+from .saving import remember_norm
 
 MODES = ("llama", "gemma", "none")
 
@@ -301,7 +302,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, mode: s
         ValueError: wrong dtype, device, shape or mode.
     """
     _check("rms_norm", x, weight, mode)
-    return _RMSNorm.apply(x, weight, eps, mode)
+    return remember_norm(_RMSNorm.apply(x, weight, eps, mode), x, weight, eps, mode)
 
 
 def add_rms_norm(
@@ -316,7 +317,8 @@ def add_rms_norm(
     if residual.shape != x.shape or residual.dtype != x.dtype:
         got = f"{tuple(residual.shape)} {residual.dtype}"
         raise checks.fail("add_rms_norm", "residual", f"{tuple(x.shape)} {x.dtype}", got, "match x")
-    return _AddRMSNorm.apply(x, residual, weight, eps, mode)
+    y, h = _AddRMSNorm.apply(x, residual, weight, eps, mode)
+    return remember_norm(y, h, weight, eps, mode), h
 
 
 def eager_rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, mode: str = "llama") -> Tensor:

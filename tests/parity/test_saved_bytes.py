@@ -1,18 +1,6 @@
-"""What one layer keeps for backward, per token: what the kernels' docstrings say, and how it compares with stock.
+"""What one layer keeps for backward, per token: the formula of engine/memory_shapes.py, and how it compares with stock.
 
-With b bytes per element, K = hidden size, I = intermediate size, q = heads x head_dim, v = kv heads x head_dim:
-
-    b (2 K)         inputs of the two norms in front of attention and MLP (the residual stream)
-    b (2 K)         their outputs, which are the inputs of q, k, v and of gate, up
-    b (q + 2 v)     rotated q, k, and v, kept by the attention function
-    b (q)           its output, which is also the input of o
-    b (2 I)         gate and up
-    b (n r)         X A^T of n adapters
-    4 (2 + heads)   fp32: 1 / rms of the norms, log-sum-exp of the attention
-
-Gemma 2 and 3 have two norms more (+ 2 K). OLMo 2 has its two norms behind the branches: they keep the branches, and the
-projections keep the stream, 4 K in all. Norms on q and k keep their inputs (+ q + v). Eager attention keeps three
-matrices of scores per head.
+A layer's bytes are what a third layer adds to a model of two. Its parts keep what the formula says in every family.
 """
 
 from __future__ import annotations
@@ -26,6 +14,7 @@ from tests.support.models import FAMILIES, batch, lora_model
 from torch import nn
 
 import fuselora
+from fuselora.engine.memory_shapes import LayerShape, adapter_ranks, layer_shape
 
 ROWS, SEQ, RANK = 2, 64, 4
 TOKENS = ROWS * SEQ
@@ -51,29 +40,22 @@ def layer_bytes(family: str, *, patched: bool, **options: Any) -> int:
     return totals[1] - totals[0]
 
 
-def formula(family: str, b: int = 2) -> int:
-    """Bytes per token of one layer, from the module docstring."""
-    config = model(family, 1, patched=False).config
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    hidden, inter, q, v = config.hidden_size, config.intermediate_size, heads * head_dim, kv_heads * head_dim
-    adapters = 4 if family == "phi3" else 7
-    elements = 4 * hidden + q + 2 * v + q + 2 * inter + adapters * RANK
-    scalars = 2 + heads
-    if family in ("gemma2", "gemma3_text"):
-        elements, scalars = elements + 2 * hidden, scalars + 2
-    if family in ("qwen3", "gemma3_text"):
-        elements, scalars = elements + q + v, scalars + heads + kv_heads
-    if family == "olmo2":
-        elements, scalars = elements + q + v, scalars + 2
-    if family == "gemma2":  # eager: keys and values repeated to q; scores capped, soft-maxed in fp32, and cast; no lse
-        elements, scalars = elements + 2 * (q - v) + 2 * heads * SEQ, scalars + heads * SEQ - heads
-    return b * elements + 4 * scalars
+def formula(family: str, policy: str = "off") -> int:
+    """Bytes per token of one layer."""
+    made = model(family, 1, patched=False)
+    return layer_shape(made.config, adapter_ranks(made)).kept(policy, SEQ)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_keeps_what_the_formula_says(family: str) -> None:
     assert layer_bytes(family, patched=True) == formula(family) * TOKENS
+
+
+def test_the_shape_of_llama_3_8b() -> None:
+    """94 kB per token and layer, where stock keeps 217 kB; 37 and 17 kB by recomputing the MLP or the layer."""
+    shape = LayerShape(4096, 14336, 32, 8, 128, attention_ranks=4 * 16, mlp_ranks=3 * 16)
+    assert [round(shape.kept(policy, 4096) / 1000) for policy in ("off", "mlp", "full", "offload")] == [95, 37, 17, 0]
+    assert shape.kept("off", 4096) - 2 * 7 * 16 - 4 * 34 == 94208
 
 
 @pytest.mark.parametrize("family", FAMILIES)
