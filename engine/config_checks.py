@@ -27,7 +27,7 @@ def check(config: Config) -> None:
 def _check_choices(config: Config) -> None:
     for f in fields(config):
         choices, value = f.metadata["choices"], getattr(config, f.name)
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise expected(f.name, "one of " + ", ".join(choices), repr(value), "choose one of those")
 
 

@@ -52,6 +52,13 @@ class ModelKeys:
     flash_attn: str = _key(
         "model", "auto", "Attention: `auto` leaves the choice to transformers.", ("auto", "disabled", "sdpa", "fa2")
     )
+    rope_scaling: str | None = _key(
+        "model",
+        None,
+        "Scale rotary positions by ceil(cutoff_len / the model's length), if cutoff_len is longer; to be set again "
+        "wherever the adapter is used.",
+        ("linear", "dynamic", "yarn", "llama3"),
+    )
     bf16: bool = _key("model", False, "Base model in bfloat16; adapter weights and optimizer state stay fp32.")
     pure_bf16: bool = _key("model", False, "Adapter and optimizer state in bfloat16 too.")
     fp16: bool = _key(

@@ -16,10 +16,11 @@ from fuselora.engine.chat import Example
 from fuselora.engine.config import Config
 from fuselora.engine.errors import UserError, expected, first_line
 from fuselora.engine.kbit import keep_weights_in_place, misread_on_cpu
+from fuselora.engine.rope_scaling import describe, follow_length, scale_rope
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Any one of these makes a folder loadable as a tokenizer; without one, AutoTokenizer invents an empty vocabulary.
 TOKENIZER_FILES = (
@@ -105,8 +106,9 @@ def load_base(base: str, config: Config, dtype: torch.dtype) -> PreTrainedModel:
     quantization = quantization_config(config, dtype)
     placed = {} if quantization is None else {"device_map": {"": pick_device(config)}}  # it is quantised where it lands
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             base,
+            config=scaled_config(base, config),
             dtype=dtype,
             quantization_config=quantization,
             attn_implementation=ATTENTION[config.flash_attn],
@@ -116,6 +118,19 @@ def load_base(base: str, config: Config, dtype: torch.dtype) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise _unloadable("model", base, error) from error
+    follow_length(model)
+    return model
+
+
+def scaled_config(base: str, config: Config) -> PreTrainedConfig | None:
+    """The base's own configuration with ``rope_scaling`` to ``cutoff_len``; None without that key."""
+    if config.rope_scaling is None:
+        return None
+    from transformers import AutoConfig
+
+    loaded = AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code, cache_dir=_hub_cache(config))
+    scale_rope(loaded, config.rope_scaling, config.cutoff_len)
+    return loaded
 
 
 def quantization_config(config: Config, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -154,6 +169,8 @@ def build_model(base: str, config: Config) -> PeftModel:
     torch.manual_seed(config.seed)
     dtype = torch.bfloat16 if config.bf16 or config.pure_bf16 else torch.float32
     model: Any = load_base(base, config, dtype)
+    if config.rope_scaling is not None:
+        print(describe(model.config, config.rope_scaling, config.cutoff_len))
     model.config.use_cache = False
     if config.quantization_bit == 4:
         _check_readable(model, config)
