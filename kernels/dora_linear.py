@@ -14,6 +14,9 @@ the magnitudes are near the norms, and so is the rounding error of what it multi
                       dx = dy W + drop^T(dz W + dS A)
 
 Shapes: x [..., K], W [N, K], A [r, K], B [N, r], m, bias, norm, g [N], y [..., N], u, z [M, N].
+W may be a 4-bit weight: dequantised in forward, for the norm and the products, and again in backward unless it was kept
+(``lora.kept_weights``).
+
 Saved for backward: x, S and the norm as in lora.py, and u (z): 2 N bytes per token in bf16, only where m is trained.
 Rebuilding it, or summing dy x^T over W, would cost a third base GEMM, and y, which often is saved by the next layer,
 gives it back as (y - bias) / g only where no g is near zero.
@@ -38,6 +41,8 @@ from .lora import (
     adapters,
     bias_grads,
     compute_dtype,
+    dense_weight,
+    kept_weights,
     no_autocast,
     project,
     projections_backward,
@@ -45,6 +50,7 @@ from .lora import (
 )
 from .lora_linear import check_projection, prepare_lora, rows, sample_projection, unrows
 from .lora_ops import cast
+from .nf4 import Quantized4bit
 from .registry import Sample, function
 
 Needs = Sequence[bool]  # of weight, bias, a, b, seed, magnitude
@@ -53,13 +59,16 @@ Needs = Sequence[bool]  # of weight, bias, a, b, seed, magnitude
 class _DoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dtype, flags, weight, bias, a, b, seed, magnitude):
-        scaling, p, split = flags
+        scaling, p, split, quantized = flags
         lora = LoRA(a, b, scaling, p, None, seed, split)
         with no_autocast(x):
             x2 = rows(x).to(dtype)
-            norm = torch.ops.fuselora.dora_norm(weight, a, b, scaling)
-            s, u, y = (_forward if p == 0.0 else _forward_dropped)(x2, weight, bias, lora, magnitude / norm)
+            dense = weight if quantized is None else dense_weight(quantized, dtype)
+            norm = torch.ops.fuselora.dora_norm(dense, a, b, scaling)
+            s, u, y = (_forward if p == 0.0 else _forward_dropped)(x2, dense, bias, lora, magnitude / norm)
             out = unrows(y, x)
+        if quantized is not None:
+            weight = next(iter(kept_weights([Projection(quantized)], [dense])), None)
         ctx.save_for_backward(x2, s, u if ctx.needs_input_grad[8] else None, norm, weight, bias, a, b, seed, magnitude)
         ctx.flags, ctx.shape, ctx.dtype = flags, x.shape, x.dtype
         return out
@@ -67,15 +76,18 @@ class _DoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x2, s, u, norm, weight, bias, a, b, seed, magnitude = ctx.saved_tensors
-        lora = LoRA(a, b, *ctx.flags[:2], None, seed, ctx.flags[2])
+        scaling, p, split, quantized = ctx.flags
+        lora = LoRA(a, b, scaling, p, None, seed, split)
         need_x, _, _, *needs = ctx.needs_input_grad
         with no_autocast(x2):
             dy2 = rows(dy)
+            if weight is None and need_x:
+                weight = dense_weight(quantized, dy2.dtype)
             backward = _backward if lora.p == 0.0 else _backward_dropped
             dx, dw, da, db, dg = backward(dy2, x2, s, u, weight, lora, magnitude / norm, needs, need_x)
             if dg is not None and bias is not None and lora.p == 0.0:  # u + bias was saved
                 dg = dg - bias * dy2.sum(0, dtype=dg.dtype)
-            dbias, _ = bias_grads(dy2, bias, (), Projection(weight, needs[1], ()))
+            dbias, _ = bias_grads(dy2, bias, (), Projection(None, needs[1], ()))  # type: ignore[arg-type]
             dm = (dg / norm).to(magnitude.dtype) if needs[5] else None
         dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtype)
         return dx, None, None, dw, dbias, da, db, None, dm
@@ -145,7 +157,7 @@ def _backward_dropped(
     need_x: bool,
 ) -> tuple[Any, ...]:
     """(dx, dW, dA, dB, dg) with dropout."""
-    ops, w = torch.ops.fuselora, cast(weight, dy.dtype)
+    ops = torch.ops.fuselora
     if z is None:
         dz, dg = ops.dora_scale(dy, g - 1.0, None, None), None
     else:
@@ -159,6 +171,7 @@ def _backward_dropped(
     if needs[2]:
         (da,) = ops.lora_grad_a(ds, x, [lora.a], [lora.seed], [lora.p], [True])
     if need_x:
+        w = cast(weight, dy.dtype)
         dropped = ops.lora_grad_x([dz], [w], ds, [lora.a], [None], [0.0], [lora.split])
         dx = torch.mm(dy, w).add_(ops.dropout(dropped, lora.seed, lora.p))
     if needs[0]:
@@ -166,12 +179,14 @@ def _backward_dropped(
     return dx, dw, da, db, dg
 
 
-def dora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA, magnitude: Tensor) -> Tensor:
+def dora_linear(
+    x: Tensor, weight: Tensor | Quantized4bit, bias: Tensor | None, lora: LoRA, magnitude: Tensor
+) -> Tensor:
     """A linear with a DoRA adapter; see the module docstring.
 
     Args:
         x: [..., K], fp32, bf16, fp16 or fp64. Under autocast everything is cast to the autocast dtype.
-        weight: [N, K]; bias: [N] or None.
+        weight: [N, K], dense or 4-bit; bias: [N] or None.
         lora: a [r, K], b [N, r], scaling, dropout; without a bias of its own.
         magnitude: [N], the lengths of the rows of the adapted weight.
 
@@ -191,8 +206,9 @@ def dora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA, magn
         raise checks.fail("dora_linear", "lora.bias", "None", got, "DoRA has no place for it; use the layer's bias")
     dtype = compute_dtype(x)
     lora = prepare_lora(lora, x, dtype)
-    flags = (float(lora.scaling), lora.p, lora.split)
-    return _DoRALinear.apply(x, dtype, flags, weight, bias, lora.a, lora.b, lora.seed, magnitude)
+    quantized = weight if isinstance(weight, Quantized4bit) else None
+    flags = (float(lora.scaling), lora.p, lora.split, quantized)
+    return _DoRALinear.apply(x, dtype, flags, None if quantized else weight, bias, lora.a, lora.b, lora.seed, magnitude)
 
 
 def eager_dora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA, magnitude: Tensor) -> Tensor:

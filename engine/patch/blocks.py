@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from fuselora.engine.patch.quantized import KEEPS_DTYPE
-from fuselora.engine.patch.state import linear_dtype
+from fuselora.engine.patch.state import DoRA, input_reason, linear_dtype
 from fuselora.engine.patch.swap import note
+from fuselora.kernels.dora_linear import dora_linear
 from fuselora.kernels.glu import glu, glu_packed
-from fuselora.kernels.lora import Projection, adapters
+from fuselora.kernels.lora import LoRA, Projection, all_adapters
 from fuselora.kernels.lora_linear import lora_linears
 from fuselora.kernels.lora_mlp import lora_mlp, lora_mlp_packed
 from fuselora.kernels.lora_wide import lora_linears_wide
 
 
-def _adapts_in(x: Tensor, base: torch.dtype, projections: Sequence[Projection]) -> torch.dtype:
+def _adapts_in(x: Tensor, base: torch.dtype, loras: Sequence[LoRA]) -> torch.dtype:
     """The dtype of the low-rank part: the base's, or x's."""
-    loras = [lora for proj in projections for lora in adapters(proj.lora)]
     narrow = torch.is_autocast_enabled(x.device.type) or all(lora.a.dtype == base for lora in loras)
     return base if narrow else x.dtype
 
@@ -48,7 +48,7 @@ def run_linears(
     base = linear_dtype(x, linears[0], projections[0])
     if base == x.dtype:
         return lora_linears(x, projections)
-    adapts = _adapts_in(x, base, projections)
+    adapts = _adapts_in(x, base, all_adapters(projections)[0])
     _note_casts(owner, x, base, adapts)
     if adapts == x.dtype:
         return lora_linears_wide(x, projections, base)
@@ -63,7 +63,7 @@ def run_mlp(
     base = linear_dtype(x, linears[0], projections[0])
     if base == x.dtype:
         return compute(x, *projections, act)
-    adapts = _adapts_in(x, base, projections)
+    adapts = _adapts_in(x, base, all_adapters(projections)[0])
     _note_casts(owner, x, base, adapts)
     if adapts != x.dtype:
         return compute(x.to(base), *projections, act).to(x.dtype)
@@ -71,3 +71,23 @@ def run_mlp(
     activate: Any = glu if len(inputs) == 2 else glu_packed
     (y,) = lora_linears_wide(activate(*lora_linears_wide(x, inputs, base), act), [down], base)
     return y
+
+
+def dora_dtype_reason(x: Tensor, module: nn.Module, dora: DoRA) -> str | None:
+    """Why a DoRA layer can't be computed in the dtypes that it has, or None."""
+    base = Projection(dora.weight, dora.bias)
+    if reason := input_reason(x, module, base):
+        return reason
+    dtype = linear_dtype(x, module, base)
+    if dtype != x.dtype and _adapts_in(x, dtype, [dora.lora]) == x.dtype:
+        return f"DoRA's fp32 part on a base that multiplies in {dtype}; {KEEPS_DTYPE}"
+    return None
+
+
+def run_dora(owner: nn.Module, x: Tensor, dora: DoRA) -> Tensor:
+    """The output, in x's dtype, of a DoRA layer that ``dora_dtype_reason`` lets pass."""
+    dtype = linear_dtype(x, owner, Projection(dora.weight, dora.bias))
+    if dtype == x.dtype:
+        return dora_linear(x, *dora)
+    _note_casts(owner, x, dtype, dtype)
+    return dora_linear(x.to(dtype), *dora).to(x.dtype)

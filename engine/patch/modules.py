@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fuselora.engine.patch.blocks import run_linears, run_mlp
+from fuselora.engine.patch.blocks import dora_dtype_reason, run_dora, run_linears, run_mlp
 from fuselora.engine.patch.quantized import base_in_compute_dtype, is_4bit
 from fuselora.engine.patch.state import (
     active_adapters,
     bypass_reason,
-    dtype_reason,
     read_adapter,
     read_block,
     read_dora,
@@ -22,7 +21,6 @@ from fuselora.engine.patch.state import (
     uses_dora,
 )
 from fuselora.engine.patch.swap import Fused, decline, is_fused
-from fuselora.kernels.dora_linear import dora_linear
 from fuselora.kernels.glu import glu, glu_packed
 from fuselora.kernels.layer_norm import layer_norm
 from fuselora.kernels.lora_linear import lora_delta
@@ -118,9 +116,9 @@ class FusedLoRALinear(Fused):
             reason = "input casting is disabled"
         if reason is None and uses_dora(self):
             dora = read_dora(self)
-            reason = dora if isinstance(dora, str) else dtype_reason(x, dora.weight)
+            reason = dora if isinstance(dora, str) else dora_dtype_reason(x, self, dora)
             if reason is None:
-                return dora_linear(x, *dora)
+                return run_dora(self, x, dora)
         adapters = [read_adapter(self, name) for name in names]
         reason = reason or next((a for a in adapters if isinstance(a, str)), None)
         if reason:
@@ -161,7 +159,7 @@ class FusedLoRALinear(Fused):
 
 
 class FusedLoRA4bitLinear(FusedLoRALinear):
-    """peft's LoRA on bitsandbytes' 4-bit linear: dequantised by us, then as on a dense one."""
+    """peft's LoRA or DoRA on bitsandbytes' 4-bit linear: dequantised by us, then as on a dense one."""
 
     fuse_ops = ("dequantize_4bit", *FusedLoRALinear.fuse_ops)
 

@@ -25,6 +25,7 @@ from fuselora.engine.patch.quantized import (
 )
 from fuselora.engine.patch.swap import is_fused, stock_class
 from fuselora.kernels.lora import LoRA, Projection
+from fuselora.kernels.nf4 import Quantized4bit
 
 PLAIN_TENSORS = (nn.Parameter, Tensor)
 
@@ -116,7 +117,7 @@ def _read_factors(module: Any, name: str) -> LoRA | str:
 class DoRA(NamedTuple):
     """The arguments of ``dora_linear`` behind the input."""
 
-    weight: Tensor
+    weight: Tensor | Quantized4bit
     bias: Tensor | None
     lora: LoRA
     magnitude: Tensor
@@ -133,7 +134,7 @@ def read_dora(module: Any) -> DoRA | str:
     (name, *others), base = active_adapters(module), module.base_layer
     if others:
         return f"{1 + len(others)} adapters are active, DoRA among them"
-    if stock_class(base) is not nn.Linear:
+    if not is_base(base):
         return f"adapter {name!r} is DoRA and its base layer a {type(base).__name__}"
     if module.fan_in_fan_out:
         return f"adapter {name!r} is DoRA on a transposed weight"
@@ -142,7 +143,7 @@ def read_dora(module: Any) -> DoRA | str:
         return f"adapter {name!r} keeps its magnitude in a {type(length).__name__}"
     if peft_dora.ENABLE_DORA_CACHING and not length.training:
         return "DoRA caching is enabled: PEFT may use norms of earlier weights"
-    plain, lora = read_plain(base), _read_factors(module, name)
+    plain, lora = read_base(base), _read_factors(module, name)
     reason = bypass_reason(length) or tensor_reason(length.weight)
     for part in (plain, lora, reason):
         if isinstance(part, str):
@@ -164,6 +165,12 @@ def is_base(module: nn.Module) -> bool:
     return stock is nn.Linear or is_4bit(stock)
 
 
+def is_adapted(module: nn.Module) -> bool:
+    """Whether this is PEFT's LoRA layer on a linear that ``is_base`` accepts, or on one that computes by itself."""
+    stock = stock_class(module)
+    return stock is peft_lora.Linear or class_path(stock) == PEFT_4BIT
+
+
 def base_linear(module: Any) -> nn.Module:
     """The linear that holds the weight: the module itself or what is below its adapters."""
     return module if is_base(module) else module.base_layer
@@ -178,9 +185,8 @@ def read_projection(module: nn.Module) -> Projection | str:
     """The tensors of a linear layer in its current state, or the reason why its own forward must run."""
     if is_base(module):
         return read_base(module)
-    stock = stock_class(module)
-    if stock is not peft_lora.Linear and class_path(stock) != PEFT_4BIT:
-        return f"{stock.__name__} is not a plain or LoRA linear"
+    if not is_adapted(module):
+        return f"{stock_class(module).__name__} is not a plain or LoRA linear"
     reason = bypass_reason(module) or state_reason(module)
     if reason:
         return reason
@@ -235,7 +241,7 @@ def read_block(x: Tensor | None, *modules: nn.Module) -> list[Projection] | None
     projections = read_projections(x, *modules)
     if isinstance(projections, list):
         return projections
-    linears: list[Any] = [m for m in modules if stock_class(m) is not nn.Linear]
-    if not all(stock_class(m) is peft_lora.Linear and is_fused(m) and m.fuse_state() is None for m in linears):
+    linears: list[Any] = [m for m in modules if not is_base(m)]
+    if not all(is_adapted(m) and is_fused(m) and m.fuse_state() is None for m in linears):
         return projections
     return None if any(uses_dora(m) for m in linears) else projections

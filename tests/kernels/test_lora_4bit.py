@@ -5,8 +5,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fuselora.functional import LoRA, Projection, dequantize_4bit, lora_linear, lora_linears, lora_mlp, quantize_4bit
+from fuselora.functional import (
+    LoRA,
+    Projection,
+    dequantize_4bit,
+    dora_linear,
+    lora_linear,
+    lora_linears,
+    lora_mlp,
+    quantize_4bit,
+)
 from fuselora.kernels import lora
+from fuselora.kernels.dropout import draw_seed
 from fuselora.testing import saved_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,3 +105,23 @@ def test_a_weight_that_does_not_fit_is_refused_before_it_is_read():
     broken = proj._replace(weight=proj.weight._replace(data=proj.weight.data[:-1]))
     with pytest.raises(ValueError, match=r"lora_linears: projections\[0\].weight: data: expected 3072 contiguous"):
         lora_linear(torch.randn(3, 64, dtype=torch.bfloat16), *broken)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dora_equals_the_dequantised_weight(dtype, p):
+    x, seed = torch.randn(2, 5, 40).to(dtype).requires_grad_(), draw_seed()
+    weight, bias, adapter = projection(24, 40, dtype, bias=True)
+    adapter = adapter._replace(p=p, seed=seed if p else None)
+    magnitude = torch.rand(24).add(0.5).requires_grad_()
+    ours = dora_linear(x, weight, bias, adapter, magnitude)
+    exact = dora_linear(x, dequantize_4bit(weight, dtype), bias, adapter, magnitude)
+    leaves = [x, adapter.a, adapter.b, magnitude]
+    grads = [torch.autograd.grad(y, leaves, torch.ones_like(y)) for y in (ours, exact)]
+    assert torch.equal(ours, exact) and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    frozen = dora_linear(x.detach(), weight, bias, adapter, magnitude)
+    for a, b in zip(torch.autograd.grad(frozen, leaves[1:], torch.ones_like(frozen)), grads[0][1:], strict=True):
+        assert torch.equal(a, b)
+    assert saved_bytes(lambda: dora_linear(x, weight, bias, adapter, magnitude)) < saved_bytes(
+        lambda: dora_linear(x, dequantize_4bit(weight, dtype), bias, adapter, magnitude)
+    )
