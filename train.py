@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from fuselora.engine import metrics, output
+from fuselora.engine import distributed, metrics, output
 from fuselora.engine.chat import describe, encode_all
 from fuselora.engine.config import Config, read_config
 from fuselora.engine.config_docs import config_help
@@ -23,8 +23,13 @@ from fuselora.engine.trainer import Trainer
 
 
 def train(config: Config) -> int:
-    """One run. Returns the exit code: 0, or 128 + signal if a signal stopped it after a checkpoint."""
+    """One run, alone or as one of several processes. Returns the exit code: 0, or 128 + signal if a signal stopped it
+    after a checkpoint.
+    """
     output.check_output_dir(config)
+    world = distributed.start(config)
+    if config.trust_remote_code:
+        print(f"trust_remote_code: true: Python code that comes with {config.model_name_or_path} is run")
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
     train_rows, held_out_rows = load_splits(config)
@@ -44,12 +49,12 @@ def train(config: Config) -> int:
             raise UserError(str(error)) from error
         print(patch_report(model))
 
-    trainer = Trainer(model, train_set, held_out, config, pad_id=tokenizer.pad_token_id)
+    trainer = Trainer(model, train_set, held_out, config, pad_id=tokenizer.pad_token_id, world=world)
     if not config.do_train:
-        print(f"held-out loss {trainer.evaluate():.4f}")
+        print(f"held-out loss {trainer.evaluate()['eval_loss']:.4f}")
         return 0
     trainer.resume()
-    folder = output.open_output_dir(config)
+    folder = output.open_output_dir(config, resumed=trainer.resumed)
     if stopped_by := trainer.fit():
         print(f"stopped; go on with the same command and resume_from_checkpoint={trainer.last_checkpoint}")
         return 128 + stopped_by

@@ -2,9 +2,8 @@
 
     checkpoint-<step>/
         adapter_model.safetensors, adapter_config.json   the adapter as PEFT saves it, usable on its own
-        optimizer.safetensors                            "<parameter>/<state>" tensors
-        rng.safetensors                                  torch's CPU and CUDA generators
-        trainer_state.json                               step, log window, run identity, other generators
+        optimizer.safetensors, rng.safetensors           see checkpoint_state.py
+        trainer_state.json                               step, log window, best evaluation, data position, run identity
         manifest.json                                    sha256 of every file above, written last
 
 The folder is written under a temporary name, every file and the folder are fsynced, and one rename makes it visible. A
@@ -16,19 +15,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from safetensors.torch import load_file, save, save_file
 
-from fuselora.engine.errors import UserError, expected
+from fuselora.engine import checkpoint_state as states
+from fuselora.engine.checkpoint_weights import load_weights, save_weights, weights_to_save
+from fuselora.engine.distributed import World
+from fuselora.engine.errors import UserError, expected, first_line
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
+ALWAYS_THERE = ("optimizer.safetensors", "rng.safetensors", "trainer_state.json")
+MARGIN = 1 << 20  # bytes beyond the tensors that a checkpoint may take: configuration, headers, folders
 
 
 def save_checkpoint(
@@ -37,49 +42,109 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     *,
+    world: World = World(),  # noqa: B008 - frozen
     keep: int | None = None,
+    protect: Collection[int] = (),
 ) -> Path:
-    """Write ``checkpoint-<state["step"]>`` and return it. Then older ones beyond ``keep`` go, never this one."""
+    """Write ``checkpoint-<state["step"]>`` and return it. Then older ones beyond ``keep`` go, never this one.
+
+    All processes call it together; the main one writes.
+
+    Args:
+        protect: steps whose checkpoints stay whatever ``keep`` says, the best one's for example.
+
+    Raises:
+        UserError: no room or no right to write; what was there before is as it was.
+    """
+    device = next(model.parameters()).device
     folder = output_dir / f"{PREFIX}{state['step']}"
-    staging = output_dir / f".{folder.name}.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    model.save_pretrained(staging, save_embedding_layers=False)
-    save_file(_optimizer_state(model, optimizer), staging / "optimizer.safetensors")
-    generators, other = _rng_state()
-    save_file(generators, staging / "rng.safetensors")
-    (staging / "trainer_state.json").write_text(json.dumps(state | {"rng": other}, indent=1), encoding="utf-8")
-    write_manifest(staging)
-    _publish(staging, folder)
-    if keep is not None:
-        others = [path for path in _by_step(output_dir) if path != folder]
-        for old in others[keep - 1 :]:
-            shutil.rmtree(old)
+    weights = weights_to_save(model)
+    rng = world.gather(save(states.generators(device)))
+    problem = ""
+    if world.main or states.is_sharded(model):
+        tensors, numbers = states.optimizer_state(model, optimizer)
+    if world.main:
+        named = {f"{rank}/{key}": t for rank, part in enumerate(rng) for key, t in load_bytes(part).items()}
+        try:
+            staging = _staging(output_dir, folder.name, _size(model, weights, tensors))
+            save_weights(model, staging, weights)
+            save_file(tensors, staging / "optimizer.safetensors")
+            save_file(named, staging / "rng.safetensors")
+            text = json.dumps(state | {"optimizer": numbers}, indent=1)
+            (staging / "trainer_state.json").write_text(text, encoding="utf-8")
+            write_manifest(staging)
+            _publish(staging, folder)
+        except (OSError, SafetensorError) as error:
+            problem = first_line(error)
+            _clean(output_dir)
+    problem = world.gather(problem.encode())[0].decode()
+    if problem:
+        raise expected(
+            "output_dir",
+            f"room and the right to write {folder}",
+            problem,
+            "make room and go on with resume_from_checkpoint: auto; older checkpoints are as they were",
+        )
+    if world.main and keep is not None:
+        _delete_old(output_dir, folder, keep, protect)
     return folder
 
 
 def load_checkpoint(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: dict[str, Any],
+    world: World = World(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
     """Restore weights, optimizer and generators in place; returns the saved ``state``.
 
     ``folder`` must be verified (``find_resume`` does). ``run`` identifies the present run: its data, batch geometry,
-    adapter and base; a checkpoint of another one is refused before anything changes.
+    adapter and base; a checkpoint of another one is refused before anything changes. A process that the saved run
+    didn't have seeds its generators by rank and step.
     """
-    from peft import set_peft_model_state_dict
-
+    device = next(model.parameters()).device
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     _check_same_run(state["run"], run, folder)
-    device = next(model.parameters()).device
-    adapter = load_file(folder / "adapter_model.safetensors", device=str(device))
-    result = set_peft_model_state_dict(model, adapter)
-    if result.unexpected_keys:
-        raise expected(
-            str(folder), "an adapter of this model", f"weight {result.unexpected_keys[0]!r}", "check lora_target"
-        )
-    _restore_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
-    _restore_rng(load_file(folder / "rng.safetensors"), state.pop("rng"))
+    load_weights(folder, model)
+    tensors = load_file(folder / "optimizer.safetensors")
+    states.restore_optimizer(model, optimizer, tensors, state.pop("optimizer"))
+    rng = load_file(folder / "rng.safetensors")
+    own = {key.partition("/")[2]: t for key, t in rng.items() if key.startswith(f"{world.rank}/")}
+    if own:
+        states.restore_generators(own, device)
+    else:
+        torch.manual_seed(state["step"] * 1_000_003 + world.rank)
     return state
+
+
+def _staging(output_dir: Path, name: str, size: int) -> Path:
+    """A fresh folder to write into, after a look at the room; leftovers of killed writers go."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _clean(output_dir)
+    free = shutil.disk_usage(output_dir).free
+    if free < size:
+        raise OSError(f"No space left on device: {free >> 20} MiB free, {size >> 20} MiB needed")
+    staging = output_dir / f".{name}.tmp"
+    staging.mkdir()
+    return staging
+
+
+def _clean(output_dir: Path) -> None:
+    for left in (*output_dir.glob(f".{PREFIX}*.tmp"), *output_dir.glob(f".{PREFIX}*.old")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _size(model: torch.nn.Module, weights: dict[str, torch.Tensor] | None, tensors: dict[str, torch.Tensor]) -> int:
+    trained = weights.values() if weights is not None else (p for p in model.parameters() if p.requires_grad)
+    return MARGIN + sum(t.numel() * t.element_size() for t in (*trained, *tensors.values()))
+
+
+def _delete_old(output_dir: Path, newest: Path, keep: int, protect: Collection[int]) -> None:
+    kept = {newest, *(output_dir / f"{PREFIX}{step}" for step in protect)}
+    others = [path for path in _by_step(output_dir) if path not in kept]
+    for old in others[max(0, keep - len([path for path in kept if path.is_dir()])) :]:
+        shutil.rmtree(old)
 
 
 def write_manifest(folder: Path) -> None:
@@ -93,9 +158,11 @@ def find_damage(folder: Path) -> str | None:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable"
-    for name in ("adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors", "trainer_state.json"):
+    for name in ALWAYS_THERE:
         if name not in files:
             return f"{MANIFEST} doesn't list {name}"
+    if not any(name.endswith(".safetensors") and name not in ALWAYS_THERE for name in files):
+        return f"{MANIFEST} lists no weights"
     for name, digest in files.items():
         path = folder / name
         if path.parent != folder or not path.is_file():
@@ -105,24 +172,44 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def find_resume(output_dir: Path, wish: bool | str | None) -> Path | None:
-    """The checkpoint to continue from: a named folder, or the newest good one in ``output_dir`` if ``wish`` is True."""
-    if not wish:
-        return None
-    if isinstance(wish, str):
+def find_resume(output_dir: Path, wish: bool | str | None, *, overwrite: bool = False) -> Path | None:
+    """The checkpoint to continue from, None for a start from the beginning.
+
+    Args:
+        wish: a folder; True: the newest complete one in ``output_dir``; "auto": the same, or None without one; None:
+            as True if there are any, unless ``overwrite``; False: None.
+
+    Raises:
+        UserError: the named folder is damaged, or True finds no complete one.
+    """
+    if isinstance(wish, str) and wish != "auto":
         folder = Path(wish).expanduser()
         damage = find_damage(folder) if folder.is_dir() else "it is not a folder"
         if damage:
             raise expected("resume_from_checkpoint", "a complete checkpoint", f"{wish!r}: {damage}", "name another one")
         return folder
+    if wish is False or (wish is None and (overwrite or not has_checkpoints(output_dir))):
+        return None
+    for old in output_dir.glob(f".{PREFIX}*.old"):  # a writer was killed between its two renames
+        place = output_dir / old.name[1:].removesuffix(".old")
+        if not place.exists():
+            old.rename(place)
     for folder in _by_step(output_dir):
         damage = find_damage(folder)
         if damage is None:
             return folder
         print(f"skipping {folder}: {damage}", flush=True)
+    if wish == "auto":
+        print(f"resume_from_checkpoint: auto found no complete checkpoint in {output_dir}: from the start", flush=True)
+        return None
     raise expected(
-        "resume_from_checkpoint", f"a complete checkpoint in {output_dir}", "none", "drop the key to start anew"
+        "resume_from_checkpoint", f"a complete checkpoint in {output_dir}", "none", "set it to false or auto"
     )
+
+
+def has_checkpoints(output_dir: Path) -> bool:
+    """Whether there are checkpoint folders, complete or not."""
+    return next(_by_step(output_dir), None) is not None
 
 
 def _check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
@@ -165,53 +252,3 @@ def _fsync(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {
-        f"{names[id(p)]}/{key}": value.detach().cpu().contiguous()
-        for p, values in optimizer.state.items()
-        for key, value in values.items()
-    }
-
-
-def _restore_optimizer(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> None:
-    names = {id(p): name for name, p in model.named_parameters()}
-    saved: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, what = key.rpartition("/")
-        saved.setdefault(name, {})[what] = tensor
-    current = optimizer.state_dict()  # hyper-parameters stay those of the configuration
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    current["state"] = {i: saved[name] for i, name in enumerate(order) if name in saved}
-    optimizer.load_state_dict(current)
-
-
-def _rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    import numpy
-
-    generators = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        generators |= {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    kind, keys, position, has_gauss, gauss = numpy.random.get_state()
-    return generators, {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), position, has_gauss, gauss],
-    }
-
-
-def _restore_rng(generators: dict[str, torch.Tensor], other: dict[str, Any]) -> None:
-    import numpy
-
-    torch.set_rng_state(generators["cpu"])
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            if f"cuda:{i}" in generators:
-                torch.cuda.set_rng_state(generators[f"cuda:{i}"], i)
-    version, values, gauss = other["python"]
-    random.setstate((version, tuple(values), gauss))
-    kind, keys, position, has_gauss, cached = other["numpy"]
-    numpy.random.set_state((kind, numpy.array(keys, dtype="uint32"), position, has_gauss, cached))

@@ -55,19 +55,20 @@ class FusedAdamW(torch.optim.AdamW):
         return loss
 
     @torch.no_grad()
-    def clip_and_step(self, max_norm: float) -> Tensor:
+    def clip_and_step(self, max_norm: float, ok: Tensor | None = None) -> Tensor:
         """Scale the gradients so that their joint norm is at most ``max_norm`` and update. Returns the norm before.
 
         ``.grad`` stays as it is: the scaled gradients exist in registers only. A norm that is not finite updates
-        nothing, without waiting for the device.
+        nothing, without waiting for the device; so does a false ``ok`` (0-d bool), and the norm is then NaN.
         """
         groups = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         params = [p for p, _ in groups]
         if not params:
             return torch.zeros(())
         if not self._bind(params):
-            return self._stock_step(params, max_norm)
+            return self._stock_step(params, max_norm, ok)
         assert self._flat is not None
+        scale = None if ok is None else torch.where(ok, 1.0, math.nan).to(self._flat[2])  # NaN gradients update nothing
         first = groups[0][1]
         return torch.ops.fuselora.adamw_(
             params,
@@ -78,7 +79,7 @@ class FusedAdamW(torch.optim.AdamW):
             *map(float, first["betas"]),
             float(first["eps"]),
             float(max_norm),
-            None,
+            scale,
             [],
         )
 
@@ -112,8 +113,9 @@ class FusedAdamW(torch.optim.AdamW):
         self._bound, self._flat = params, (exp_avg, exp_avg_sq, counts)
         return True
 
-    def _stock_step(self, params: list[Tensor], max_norm: float) -> Tensor:
+    def _stock_step(self, params: list[Tensor], max_norm: float, ok: Tensor | None) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
-        super().step()
+        if bool(torch.isfinite(norm) if ok is None else ok & torch.isfinite(norm)):
+            super().step()
         self._bound, self._flat = [], None
         return norm

@@ -1,69 +1,130 @@
-"""Optimizer and learning-rate schedule.
+"""The optimizer: which weights share a learning rate and a decay, and one update that never lets NaN into a weight.
 
-    AdamW over the trainable weights; weight decay skips biases and norms (every vector, that is)
-    factor(s), s = 0, 1, ...: multiplies the peak rate at optimizer step s, with W warmup steps of T in all
-        rising    s / W                                   s < W
-        linear    (T - s) / (T - W)                       after
-        cosine    (1 + cos(pi (s - W) / (T - W))) / 2     after
-        constant  1                                       after
-
-The factor is a function of the step alone, so a resumed run needs no scheduler state. It equals transformers'
-``get_scheduler`` (tested).
+group            weights                             peak rate                        decay
+decayed          matrices                            learning_rate                    weight_decay
+plain            vectors: biases, norms, magnitudes  learning_rate                    0
+LoRA+, given loraplus_lr_ratio (Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models"):
+  B              lora_B                              learning_rate x ratio            weight_decay
+  B, plain       vectors                             learning_rate x ratio            0
+  embedding B    lora_embedding_B                    loraplus_lr_embedding            weight_decay
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fuselora.engine.config import Config
+from fuselora.engine.errors import expected
 from fuselora.engine.fused_adamw import FusedAdamW
 
+BITSANDBYTES = {
+    "adamw_8bit": "AdamW8bit",
+    "adamw_bnb_8bit": "AdamW8bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+}
 
-def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
-    """On CUDA in three launches (``FusedAdamW``), elsewhere torch's own."""
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The optimizer that ``optim`` names over the trainable weights of ``model``.
+
+    Raises:
+        UserError: bitsandbytes is missing, or its paged optimizers meet a CPU.
+    """
+    groups = parameter_groups(model, config)
+    adam: dict[str, Any] = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    optimizer: torch.optim.Optimizer
+    if config.optim == "auto":
+        fused = fits_fused(p for group in groups for _, p in group["params"])
+        optimizer = (FusedAdamW if fused else torch.optim.AdamW)(groups, lr=config.learning_rate, **adam)
+    elif config.optim.startswith("adamw_torch"):
+        fused = True if config.optim == "adamw_torch_fused" else None
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, **adam)
+    elif config.optim == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=config.learning_rate)
+    elif config.optim == "adafactor":
+        from transformers.optimization import Adafactor
+
+        groups = _without_names(groups)
+        optimizer = Adafactor(groups, lr=config.learning_rate, scale_parameter=False, relative_step=False)
+    else:
+        optimizer = _bitsandbytes(config, _without_names(groups), adam)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def fits_fused(params: Any) -> bool:
+    """Whether all weights are plain tensors on a GPU: FusedAdamW reads them by address, so not FSDP2's shards."""
+    params = list(params)
+    return bool(params) and all(p.is_cuda and type(p.data) is Tensor for p in params)
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Groups of (name, weight) pairs with ``lr`` and ``weight_decay``, empty ones left out."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [(n, p) for n, p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [(n, p) for n, p in trainable if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    cuda = bool(trainable) and all(p.is_cuda for _, p in trainable)
-    return (FusedAdamW if cuda else torch.optim.AdamW)(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-    )
+    if config.loraplus_lr_ratio is None:
+        members = {"": trainable}
+    else:
+        members = {"": [], "B": [], "embedding": []}
+        for name, p in trainable:
+            kind = "embedding" if "lora_embedding_B" in name else "B" if "lora_B" in name or p.dim() <= 1 else ""
+            members[kind].append((name, p))
+        if not members["B"]:
+            raise expected("loraplus_lr_ratio", "a LoRA adapter", "none", "drop the key or set finetuning_type: lora")
+    rates = {
+        "": config.learning_rate,
+        "B": config.learning_rate * (config.loraplus_lr_ratio or 1.0),
+        "embedding": config.loraplus_lr_embedding,
+    }
+    groups = []
+    for kind, pairs in members.items():
+        for vectors, decay in ((False, config.weight_decay), (True, 0.0)):
+            chosen = [(n, p) for n, p in pairs if (p.dim() <= 1) == vectors]
+            groups.append({"params": chosen, "lr": rates[kind], "weight_decay": decay})
+    return [group for group in groups if group["params"]]
 
 
-def clip_and_step(optimizer: torch.optim.AdamW, max_norm: float) -> torch.Tensor:
-    """Clip the joint norm of the gradients to ``max_norm``, update, and return the norm before clipping."""
+def _without_names(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Optimizers outside torch take weights, not (name, weight) pairs."""
+    return [group | {"params": [p for _, p in group["params"]]} for group in groups]
+
+
+def _bitsandbytes(config: Config, groups: list[dict[str, Any]], adam: dict[str, Any]) -> torch.optim.Optimizer:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise expected(
+            "optim", "bitsandbytes to be installed", f"{config.optim} without it", "run: pip install 'fuselora[quant]'"
+        )
+    if config.optim.startswith("paged") and not groups[0]["params"][0].is_cuda:
+        raise expected(
+            "optim", "a GPU for a paged optimizer", f"{config.optim} on a CPU", "set optim: adamw_8bit or auto"
+        )
+    import bitsandbytes
+
+    return getattr(bitsandbytes.optim, BITSANDBYTES[config.optim])(groups, lr=config.learning_rate, **adam)
+
+
+def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float, ok: Tensor) -> Tensor:
+    """Clip the joint norm of the gradients to ``max_norm`` and update. Returns the norm before clipping.
+
+    Nothing is updated where ``ok`` (0-d bool) is false or the norm is not finite. ``FusedAdamW`` decides that on the
+    device, without waiting; the others wait for the device.
+    """
     if isinstance(optimizer, FusedAdamW):
-        return optimizer.clip_and_step(max_norm)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimizer.step()
+        return optimizer.clip_and_step(max_norm, ok=ok)
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+    if hasattr(norm, "full_tensor"):  # FSDP2: each process holds the norm of its shards
+        norm = norm.full_tensor()
+    if bool(ok & torch.isfinite(norm)):
+        optimizer.step()
     return norm
 
 
-def warmup_steps(config: Config, total_steps: int) -> int:
-    return config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
-
-
-def lr_factor(kind: str, step: int, *, warmup: int, total: int) -> float:
-    """Multiplier of the peak learning rate at 0-based optimizer step ``step``."""
-    if step < warmup and kind != "constant":
-        return step / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    if kind == "linear":
-        return max(0.0, 1.0 - progress)
-    if kind == "cosine":
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
-    assert kind in ("constant", "constant_with_warmup"), kind
-    return 1.0
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def max_norm(config: Config) -> float:
+    """``max_grad_norm``, of which 0 turns clipping off."""
+    return config.max_grad_norm or math.inf

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fuselora.engine.chat import prompt_ids
-from fuselora.engine.checkpoint import PREFIX
+from fuselora.engine.checkpoint import PREFIX, has_checkpoints
 from fuselora.engine.config import Config
 from fuselora.engine.config_docs import config_yaml
 from fuselora.engine.data import Conversation
@@ -32,24 +32,29 @@ def check_output_dir(config: Config) -> None:
         raise expected("output_dir", "a folder", f"{str(folder)!r}, which is a file", "choose another name")
     in_use = folder.is_dir() and any(folder.iterdir())
     wish = config.resume_from_checkpoint
-    goes_on = wish is True or (isinstance(wish, str) and Path(wish).expanduser().resolve().parent == folder.resolve())
+    if wish is None:
+        goes_on = has_checkpoints(folder)
+    elif isinstance(wish, str) and wish != "auto":
+        goes_on = Path(wish).expanduser().resolve().parent == folder.resolve()
+    else:
+        goes_on = bool(wish)
     if in_use and not config.overwrite_output_dir and not goes_on:
         raise expected(
             "output_dir",
             "an empty or new folder",
             f"{str(folder)!r}, which is not empty",
-            "choose another, or set resume_from_checkpoint: true or overwrite_output_dir: true",
+            "choose another, or set resume_from_checkpoint: auto or overwrite_output_dir: true",
         )
 
 
-def open_output_dir(config: Config) -> Path:
-    """Create the folder and record the configuration. Starting anew removes the old run's checkpoints."""
+def open_output_dir(config: Config, *, resumed: bool = False) -> Path:
+    """Create the folder and record the configuration. Overwriting removes the old run's checkpoints."""
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output_dir: expected a folder that can be made, got {error}; choose another") from error
-    if not config.resume_from_checkpoint:
+    if config.overwrite_output_dir and not resumed:
         for old in folder.glob(f"{PREFIX}*"):
             if old.is_dir() and old.name.removeprefix(PREFIX).isdigit():
                 shutil.rmtree(old)

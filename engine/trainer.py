@@ -1,278 +1,372 @@
 """The training loop: batch -> forward -> backward -> clip -> step -> schedule -> log -> save.
 
-    loss(step) = sum over the step's trained tokens of -log p / number of those tokens
-
-The model's own loss divides by ``num_items_in_batch``, the count over all micro-batches of the step, so batch geometry
-doesn't change the result. Step s of an epoch takes units s B .. (s + 1) B - 1 of that epoch's order (examples, or packs
-of them, see packing.py), with B = per_device_train_batch_size x gradient_accumulation_steps: position is a function of
-the step, and a resumed run is bit-exact. The device is waited for only when something is logged, saved or evaluated.
+Each part has a file: which examples a step takes (loop_data.py), its loss and gradients in one or several processes
+(loop_step.py), the optimizer and its schedule (optim.py, schedule.py), what goes wrong (loop_faults.py), which
+evaluation was best (loop_best.py), checkpoints (checkpoint.py). A run is a function of configuration, data and base:
+resumed at any step, it ends bit for bit where it would have ended. The device is waited for only when something is
+logged, saved or evaluated.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
-from fuselora.engine import checkpoint, metrics, optim
-from fuselora.engine.chat import IGNORE, Example, micro_batches
+from fuselora.engine import checkpoint, distributed, loop_faults, metrics, optim, schedule
+from fuselora.engine.chat import Example
+from fuselora.engine.checkpoint_state import restore_torch_generators, torch_generators
+from fuselora.engine.checkpoint_weights import load_weights
 from fuselora.engine.config import Config
+from fuselora.engine.distributed import World
 from fuselora.engine.errors import UserError, expected
-from fuselora.engine.packing import Collator, Units
-from fuselora.engine.patch.loss import trained_tokens
-from fuselora.engine.step_graph import StepGraphs, refusal
-
-
-@dataclass
-class Window:
-    """Sums since the last log line. ``loss`` and ``bad_step`` live on the device."""
-
-    loss: torch.Tensor
-    bad_step: torch.Tensor  # first step with a non-finite loss or gradient, -1 if none
-    steps: int = 0
-    tokens: int = 0
-    began: float = 0.0
-
-    def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, tokens: int) -> None:
-        self.loss += loss
-        bad = ~torch.isfinite(loss + norm) & (self.bad_step < 0)
-        self.bad_step = torch.where(bad, step, self.bad_step)
-        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+from fuselora.engine.loop_best import Best
+from fuselora.engine.loop_callbacks import Callback, SilentLog
+from fuselora.engine.loop_data import StepData, StepPlan, row_numbers, share
+from fuselora.engine.loop_faults import MAX_SKIPPED, FiniteGuard, StopSignal
+from fuselora.engine.loop_identity import run_identity
+from fuselora.engine.loop_step import Objective, Stepper
+from fuselora.engine.loop_window import Window
 
 
 class Trainer:
-    """Trains the trainable weights of ``model`` on ``train``; ``pad_id`` fills the right of short rows."""
+    """Trains the trainable weights of ``model`` on ``train``; ``pad_id`` fills the right of short rows.
+
+    Args:
+        train: a sequence of examples, or a stream of them (any iterable, with ``state_dict`` and ``load_state_dict``
+            for an exact resume).
+        world: the processes that train together, from ``distributed.start``.
+        objective: the loss of a batch; None: next-token cross-entropy.
+        callbacks: told of steps, logs, evaluations and checkpoints.
+    """
 
     def __init__(
-        self, model: Any, train: Sequence[Example], held_out: Sequence[Example], config: Config, *, pad_id: int
+        self,
+        model: Any,
+        train: Sequence[Example] | Iterable[Example],
+        held_out: Sequence[Example],
+        config: Config,
+        *,
+        pad_id: int,
+        world: World = World(),  # noqa: B008 - frozen
+        objective: Objective | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise expected(
-                "WORLD_SIZE", 1, os.environ["WORLD_SIZE"], "start one process; several are not supported yet"
-            )
-        self.model, self.train, self.held_out, self.config, self.pad_id = model, train, held_out, config, pad_id
+        self.model, self.train, self.held_out, self.config, self.world = model, train, held_out, config, world
         self.device = next(model.parameters()).device
-        self.units = Units(train, config)
-        self.collate = Collator.of(config, pad_id, self.device)
         self.output_dir = Path(config.output_dir)
-        self.optimizer = optim.build_optimizer(model, config)
-        self.graphs = self._build_graphs() if config.cuda_graphs else None
-        self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        self.steps_per_epoch = math.ceil(len(self.units) / self.batch)
-        by_epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
+        self.callbacks = list(callbacks)
+        self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
+        self.data = StepData(train, config, self.batch)
+        self.steps_per_epoch = self.data.steps_per_epoch
+        by_epochs = math.ceil(config.num_train_epochs * (self.steps_per_epoch or 0))
         self.total_steps = config.max_steps if config.max_steps > 0 else by_epochs
-        self.warmup = optim.warmup_steps(config, self.total_steps)
-        self.step = 0
-        self.stop_signal = 0
+        reshard = distributed.sharding(config) if world.size > 1 else None
+        if reshard is not None:
+            _ = self._identity  # reads weights in full
+            distributed.shard(model, world, reshard)
+        self.stepper = Stepper(model, config, world, pad_id, objective)
+        self.optimizer = optim.build_optimizer(model, config)
+        self.lr_factor = schedule.lr_factor(config, self.total_steps)
+        self.guard: FiniteGuard[StepPlan] = FiniteGuard(
+            self.device, sticky=config.on_nonfinite == "stop", delay=1 if self.device.type == "cuda" else 0
+        )
+        self.micro_size = config.per_device_train_batch_size
+        self.best, self.signal = Best(), StopSignal()
+        self.step = self.skipped_in_row = 0
+        self._last_skipped = -2
         self.resumed = False
         self.last_checkpoint: Path | None = None
-        self.window = self._new_window()
+        self.window = Window(self.device)
         self.log: metrics.RunLog
+        if world.rank:  # other dropout than the main process's, which draws as one process alone does
+            torch.manual_seed(config.seed + world.rank)
 
     def resume(self) -> None:
         """Take up the checkpoint the configuration asks for, if any. Writes nothing."""
-        folder = checkpoint.find_resume(self.output_dir, self.config.resume_from_checkpoint)
+        config = self.config
+        folder = checkpoint.find_resume(
+            self.output_dir, config.resume_from_checkpoint, overwrite=config.overwrite_output_dir
+        )
         if folder is None:
             return
-        state = checkpoint.load_checkpoint(folder, self.model, self.optimizer, self._identity)
+        state = checkpoint.load_checkpoint(folder, self.model, self.optimizer, self._identity, self.world)
         self.step, self.last_checkpoint, self.resumed = state["step"], folder, True
-        self.window.loss += state["window"]["loss"]
-        self.window.steps = state["window"]["steps"]
+        self.window.restore(state["window"])
+        self.best = Best(**state["best"])
+        self.micro_size = min(self.micro_size, state["micro_size"])
+        self.data.restore(state["data"])
+        if self.stepper.scaler is not None and state["scaler"]:
+            self.stepper.scaler.load_state_dict(state["scaler"])
         print(f"resumed from {folder} at step {self.step}/{self.total_steps}", flush=True)
 
     def fit(self) -> int:
         """Train to the end or to a signal. Returns 0, or the number of the signal that stopped the run."""
-        config = self.config
-        self.log = metrics.RunLog(
-            self.output_dir, total_steps=self.total_steps, resume_step=self.step if self.resumed else None
-        )
-        with self._signals():
-            if config.eval_on_start and not self.resumed:
-                self.evaluate_and_log()
-            self.window.began = time.monotonic()
-            while self.step < self.total_steps and not self.stop_signal:
-                self.training_step()
-                if self._due(config.logging_steps) or self.step == self.total_steps:
-                    self._log_window()
-                if self._due_by(config.eval_strategy, config.eval_steps or config.logging_steps):
-                    self.evaluate_and_log()
-                if self._due_by(config.save_strategy, config.save_steps):
-                    self.save()
-            if self.stop_signal:
-                self.save()
-            elif config.do_eval and self.log.records[-1:] and "eval_loss" not in self.log.records[-1]:
-                self.evaluate_and_log()
-            if config.save_strategy != "no":
-                self.save()
-            self._check_finite()
+        resume_step = self.step if self.resumed else None
+        if self.world.main:
+            self.log = metrics.RunLog(self.output_dir, total_steps=self.total_steps, resume_step=resume_step)
+        else:
+            self.log = SilentLog(self.total_steps)
+        try:
+            with self.signal.listening(peers=self.world.size > 1):
+                self._fit()
+        except RuntimeError as error:
+            self.log.end_line()
+            if self.world.size > 1 and distributed.lost_peer(error):
+                raise expected(
+                    "processes",
+                    f"all {self.world.size} to stay",
+                    f"one that ended or hangs, seen by rank {self.world.rank} in step {self.step + 1}",
+                    f"{self._kept}; see the other one's error, then go on with resume_from_checkpoint: auto",
+                ) from error
+            raise
         self.log.end_line()
-        return self.stop_signal
+        return self.signal.number
+
+    def _fit(self) -> None:
+        config = self.config
+        if config.eval_on_start and not self.resumed:
+            self.evaluate_and_log()
+        self._tell("on_begin")
+        self.window.began = time.monotonic()
+        while self.step < self.total_steps and not self.signal.number and not self._stale:
+            self.training_step()
+            self._tell("on_step")
+            if self.step % config.logging_steps == 0 or self.step == self.total_steps:
+                self._log_window()
+            if self._due_by(config.eval_strategy, config.eval_steps or config.logging_steps) and self._eval_began:
+                self.evaluate_and_log()
+            if self._due_by(config.save_strategy, config.save_steps):
+                self.save()
+            self.signal.number = self.world.agree(self.signal.number)
+        if self.signal.number:
+            self.save()
+        elif config.do_eval and self.log.records[-1:] and "eval_loss" not in self.log.records[-1]:
+            self.evaluate_and_log()
+        if config.save_strategy != "no":
+            self.save()
+        self._settle(all_of_them=True)
+        if config.load_best_model_at_end and not self.signal.number:
+            self._load_best()
+        self._tell("on_end")
 
     def training_step(self) -> None:
-        """One optimizer step over ``batch`` examples."""
-        self.model.train()
-        optim.set_learning_rate(self.optimizer, self.learning_rate)
-        examples = self._examples(self.step)
-        tokens = sum(example.trained for example in examples)
-        step_loss = torch.zeros((), device=self.device)
-        for micro in micro_batches(examples, self.config.per_device_train_batch_size):
-            step_loss += self._forward_backward(micro, tokens)
-        norm = optim.clip_and_step(self.optimizer, self.config.max_grad_norm or math.inf)
-        self.optimizer.zero_grad()
+        """One optimizer step over ``batch`` sequences."""
+        if not self.model.training:
+            self.model.train()
+        schedule.set_learning_rate(self.optimizer, self.lr_factor(self.step))
+        plan = self._plan(self.step)
+        loss = self._backward(plan)
+        norm = self._update(loss)
+        overflow = self.stepper.scaler is not None  # a gradient that overflows is then the scaler's business
+        bad = self.guard.judge(plan, loss if overflow else loss + norm)
         self.step += 1
-        self.window.add(self.step, step_loss, norm, sum(len(example.input_ids) for example in examples))
+        self.window.add(loss, norm, bad, sum(len(example.input_ids) for example in plan.examples))
+        self._settle()
 
-    def _build_graphs(self) -> StepGraphs:
-        config = self.config
-        if reason := refusal(self.model, self.device, config.lora_dropout, config.checkpointing):
-            raise expected("cuda_graphs", "false", f"true, but {reason}", "set it to false or change that")
-        return StepGraphs(self.model)
+    def _plan(self, step: int) -> StepPlan:
+        plan = self.data.take(step)
+        plan.generators = torch_generators(self.device)
+        return plan
+
+    def _backward(self, plan: StepPlan) -> torch.Tensor:
+        """Gradients and loss of the step; out of memory, with smaller micro-batches if that is allowed."""
+        while True:
+            try:
+                return self.stepper.backward(share(plan.examples, self.micro_size, self.world), plan.tokens)
+            except (RuntimeError, MemoryError) as error:
+                if not loop_faults.out_of_memory(error):
+                    raise
+            self._shrink(plan)
+
+    def _shrink(self, plan: StepPlan) -> None:
+        """Go back to the beginning of the step with half the micro-batch, or give up."""
+        self._rewind(plan)
+        if self.config.auto_find_batch_size and self.micro_size > 1 and self.world.size == 1:
+            self.micro_size = (self.micro_size + 1) // 2
+            self.log.show(f"step {plan.step + 1}: out of memory; going on with {self.micro_size} sequences a pass")
+            return
+        if self.world.size == 1:  # others would wait in a collective
+            self.save()
+        longest = max(len(example.input_ids) for example in plan.examples)
+        raise UserError(
+            f"memory: expected room for step {plan.step + 1}, got none for {self.micro_size} x {longest} tokens on "
+            f"{self.device}; halve per_device_train_batch_size and double gradient_accumulation_steps, which gives the "
+            f"same result (auto_find_batch_size: true does so), lower cutoff_len, leave gradient checkpointing on, or "
+            f"set quantization_bit: 4; {self._kept}"
+        )
+
+    def _update(self, loss: torch.Tensor) -> torch.Tensor:
+        """Clip, update, forget the gradients. Returns their norm."""
+        scaler = self.stepper.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        norm = optim.clip_and_step(self.optimizer, optim.max_norm(self.config), self.guard.allows(loss))
+        if scaler is not None:
+            scaler.update()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _settle(self, *, all_of_them: bool = False) -> None:
+        """Act on bad steps whose verdict is due."""
+        for plan in self.guard.settled(all_of_them=all_of_them):
+            self.skipped_in_row = self.skipped_in_row + 1 if plan.step == self._last_skipped + 1 else 1
+            self._last_skipped = plan.step
+            if self.config.on_nonfinite == "stop" or self.skipped_in_row >= MAX_SKIPPED:
+                self._stop_at(plan)
+            self.log.show(f"step {plan.step + 1}: loss or gradient is not finite; skipped{self._rows(plan)}")
+
+    def _stop_at(self, plan: StepPlan) -> None:
+        """Save the state before the bad step, look where it went bad, and raise."""
+        self.log.end_line()
+        if self.config.on_nonfinite == "stop":
+            self._rewind(plan)
+            self.guard = FiniteGuard(self.device, sticky=True, delay=0)
+            self.save()
+        restore_torch_generators(plan.generators, self.device)
+        micro = share(plan.examples, self.micro_size, self.world)
+        source = loop_faults.first_bad_module(self.model, lambda: self.stepper.plain_backward(micro, plan.tokens))
+        found = [part.decode() for part in self.world.gather((source or "").encode())]
+        where = next((part for part in found if part), "nothing that a run of stock modules shows")
+        raise UserError(
+            f"step {plan.step + 1}: expected a finite loss and gradient, got NaN or infinity first in {where}"
+            f"{self._rows(plan)}; {self._kept}; lower learning_rate, look at these rows, set bf16 or fp32 where the "
+            "model overflows, or on_nonfinite: skip"
+        )
+
+    def _rewind(self, plan: StepPlan) -> None:
+        """Back to the beginning of a step that changed no weight."""
+        self.optimizer.zero_grad()
+        self.window.steps -= self.step - plan.step
+        self.step = plan.step
+        self.data.restore(plan.data)
+        restore_torch_generators(plan.generators, self.device)
+
+    def _rows(self, plan: StepPlan) -> str:
+        numbers = row_numbers(plan.examples, self.train)
+        return f" (rows {', '.join(map(str, numbers))} of the training set)" if numbers else ""
 
     @property
-    def learning_rate(self) -> float:
-        factor = optim.lr_factor(self.config.lr_scheduler_type, self.step, warmup=self.warmup, total=self.total_steps)
-        return self.config.learning_rate * factor
-
-    def _forward_backward(self, examples: Sequence[Example], tokens: int) -> torch.Tensor:
-        if self.graphs is not None:
-            return self.graphs.forward_backward(self.collate(examples), tokens, pad_id=self.pad_id, ignore_index=IGNORE)
-        loss = self._loss(examples, tokens)
-        loss.backward()
-        return loss.detach()
-
-    def _loss(self, examples: Sequence[Example], tokens: int) -> torch.Tensor:
-        with trained_tokens(sum(example.trained for example in examples)):
-            return self.model(**self.collate(examples), num_items_in_batch=tokens).loss
-
-    def _examples(self, step: int) -> list[Example]:
-        epoch, position = divmod(step, self.steps_per_epoch)
-        return self.units.of_epoch(epoch)[position * self.batch : (position + 1) * self.batch]
+    def _kept(self) -> str:
+        return f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "nothing was saved"
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Loss per trained token of the held-out examples; longest first, so that rows of a batch have like lengths."""
+    def evaluate(self) -> dict[str, float]:
+        """``eval_loss`` per trained token of the held-out examples; rows of a batch have like lengths."""
         self.model.eval()
         examples = sorted(self.held_out, key=lambda example: -len(example.input_ids))
         tokens = sum(example.trained for example in examples)
-        total = torch.zeros((), device=self.device)
-        for batch in micro_batches(examples, self.config.per_device_eval_batch_size):
-            if self.stop_signal:
-                break
-            total += self._loss(batch, tokens)
-        return total.item()
+        batches = share(examples, self.config.per_device_eval_batch_size, self.world)
+        total = self.stepper.evaluation_loss(self._until_signal(batches), tokens)
+        return {"eval_loss": self.world.sum_(total).item()}
+
+    def _until_signal(self, batches: Sequence[Any]) -> Iterable[Any]:
+        """Alone, a process need not finish an evaluation; several would wait for each other."""
+        for batch in batches:
+            if self.signal.number and self.world.size == 1:
+                return
+            yield batch
 
     def evaluate_and_log(self) -> None:
+        """Evaluate, record it, and keep the checkpoint of the best."""
         if not self.held_out:
             return
         began = time.monotonic()
-        loss = self.evaluate()
-        if not self.stop_signal:
-            self.log.record(self.step, eval_loss=loss, epoch=self.epoch)
-            self.log.show(f"step {self.step}/{self.total_steps}  held-out loss {loss:.4f}")
+        scores = self.evaluate()
+        if not self.signal.number or self.world.size > 1:
+            self.log.record(self.step, **scores, epoch=self.epoch)
+            self.log.show(f"step {self.step}/{self.total_steps}  held-out loss {scores['eval_loss']:.4f}")
+            self._tell("on_evaluate", scores)
+            best = self.step > 0 and self.best.update(self.step, scores, self.config)
+            if best and self.config.load_best_model_at_end:
+                self.save()
         self.window.began += time.monotonic() - began  # tokens/s counts training only
 
     def save(self) -> None:
         """Write a checkpoint unless this step has one already."""
         if self.last_checkpoint and self.last_checkpoint.name == f"{checkpoint.PREFIX}{self.step}":
             return
-        self._check_finite()
-        window = {"loss": self.window.loss.item(), "steps": self.window.steps}
-        state = {"step": self.step, "epoch": self.epoch, "window": window, "run": self._identity}
+        self._settle(all_of_them=True)
+        best = self.best.step if self.config.load_best_model_at_end else None
         self.last_checkpoint = checkpoint.save_checkpoint(
-            self.output_dir, self.model, self.optimizer, state, keep=self.config.save_total_limit
+            self.output_dir,
+            self.model,
+            self.optimizer,
+            self._state(),
+            world=self.world,
+            keep=self.config.save_total_limit,
+            protect=() if best is None else (best,),
         )
         self.log.show(f"step {self.step}/{self.total_steps}  saved {self.last_checkpoint}")
+        self._tell("on_save", self.last_checkpoint)
+
+    def _state(self) -> dict[str, Any]:
+        scaler = self.stepper.scaler
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "window": self.window.state(self.window.steps),
+            "best": self.best.state(),
+            "micro_size": self.micro_size,
+            "data": self.data.state(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "run": self._identity,
+        }
+
+    def _load_best(self) -> None:
+        if self.best.step is None or self.best.step == self.step:
+            return
+        folder = self.output_dir / f"{checkpoint.PREFIX}{self.best.step}"
+        damage = checkpoint.find_damage(folder)
+        if damage:
+            raise expected("load_best_model_at_end", f"{folder} to be complete", damage, "use another checkpoint")
+        load_weights(folder, self.model)
+        self.log.show(f"weights of the best evaluation: step {self.best.step}, {self.best.value:.4f}")
 
     @property
     def epoch(self) -> float:
-        return round(self.step / self.steps_per_epoch, 4)
+        return self.data.epoch(self.step)
+
+    @property
+    def _stale(self) -> bool:
+        patience = self.config.early_stopping_steps
+        return patience is not None and self.best.worse >= patience
+
+    @property
+    def _eval_began(self) -> bool:
+        done = self.epoch if self.config.eval_strategy == "epoch" else self.step
+        return done >= self.config.eval_delay
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        """What has to be equal for a checkpoint to continue this run."""
-        data = hashlib.sha256()
-        for example in self.train:
-            data.update(repr((example.input_ids, example.labels)).encode())
-        weights = hashlib.sha256()
-        for name, p in self.model.named_parameters():
-            weights.update(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}".encode())
-            if not p.requires_grad:  # a few bytes of each frozen weight tell another base of the same shape
-                weights.update(p.detach().reshape(-1)[:16].cpu().view(torch.uint8).numpy().tobytes())
-        return {
-            "per_device_train_batch_size": self.config.per_device_train_batch_size,
-            "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
-            "data_seed": self.config.order_seed,
-            "packing to": self.config.cutoff_len if self.config.packed else None,
-            "lora_alpha": self.config.alpha,
-            "lora_dropout": self.config.lora_dropout,
-            "training data (sha256)": data.hexdigest()[:16],
-            "base and adapter weights (sha256)": weights.hexdigest()[:16],
-        }
-
-    def _new_window(self) -> Window:
-        return Window(
-            loss=torch.zeros((), device=self.device),
-            bad_step=torch.full((), -1, device=self.device),
-            began=time.monotonic(),
-        )
+        return run_identity(self.model, self.train, self.config, self.batch)
 
     def _log_window(self) -> None:
-        self._check_finite()
+        self._settle(all_of_them=True)
         window, seconds = self.window, time.monotonic() - self.window.began
         entry = self.log.record(
             self.step,
-            loss=window.loss.item() / window.steps,
+            **window.means(),
             lr=self.optimizer.param_groups[0]["lr"],
             epoch=self.epoch,
             tokens_per_second=round(window.tokens / max(seconds, 1e-9), 1),
             memory_mib=round(metrics.memory_bytes(self.device) / 2**20, 1),
         )
         self.log.progress(entry)
-        self.window = self._new_window()
-
-    def _check_finite(self) -> None:
-        bad = int(self.window.bad_step.item())
-        if bad >= 0:
-            self.log.end_line()
-            kept = (
-                f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "nothing was saved"
-            )
-            raise UserError(
-                f"step {bad}: expected a finite loss and gradient, got NaN or infinity; {kept}; "
-                "lower learning_rate, or set bf16 or fp32 where the model overflows"
-            )
-
-    def _due(self, every: int) -> bool:
-        return self.step % every == 0
+        self._tell("on_log", entry)
+        self.window = Window(self.device)
 
     def _due_by(self, strategy: str, every: int) -> bool:
         if strategy == "epoch":
-            return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
-        return strategy == "steps" and self._due(every)
+            steps = self.steps_per_epoch
+            return self.step == self.total_steps or (steps is not None and self.step % steps == 0)
+        return strategy == "steps" and self.step % every == 0
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM let the current step finish; a second one acts at once."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.stop_signal = number
-            for s in previous:
-                signal.signal(s, previous[s])
-
-        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for s in previous:
-                signal.signal(s, previous[s])
+    def _tell(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *arguments)

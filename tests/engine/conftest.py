@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from fuselora.engine import quickstart
+from fuselora.engine.chat import encode_all
 from fuselora.engine.config import Config
+from fuselora.engine.data import load_splits
+from fuselora.engine.model import build_model
+from fuselora.engine.output import open_output_dir
+from fuselora.engine.trainer import Trainer
 
 TEXTS = [
     f"function os.path.join{i}(a, *paths)\n\nJoin {i} path components, inserting '/' as needed.\n" for i in range(40)
@@ -73,3 +78,26 @@ def make_config(tiny_base, dataset_dir, tmp_path):
         return Config(**keys | overrides)
 
     return make
+
+
+@pytest.fixture
+def make_trainer(make_config, tiny_base, tokenizer):
+    """A trainer on the tiny model; keyword arguments override keys."""
+
+    def make(**keys):
+        config = make_config(**keys)
+        train, held_out = (encode_all(rows, tokenizer, config) for rows in load_splits(config))
+        open_output_dir(config)
+        return Trainer(build_model(str(tiny_base), config), train, held_out, config, pad_id=tokenizer.pad_token_id)
+
+    return make
+
+
+@pytest.fixture
+def weights():
+    """A copy of a trainer's trained weights, by name."""
+
+    def copy(trainer):
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    return copy

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-from fuselora.engine import checkpoint
+from fuselora.engine import checkpoint, checkpoint_state
 from fuselora.engine.chat import encode_all
 from fuselora.engine.data import load_splits
 from fuselora.engine.errors import UserError
@@ -95,7 +95,7 @@ def test_resume_without_the_generators_would_differ(start, monkeypatch):
     whole = start("whole", save_strategy="no")
     whole.fit()
     killed(start, "cut", 6)
-    monkeypatch.setattr(checkpoint, "_restore_rng", lambda *state: None)
+    monkeypatch.setattr(checkpoint_state, "restore_generators", lambda *state: None)
     resumed = start("cut", resume_from_checkpoint=True)
     resumed.resume()
     resumed.fit()
@@ -197,7 +197,7 @@ def test_crash_while_saving_leaves_the_previous_one(start, monkeypatch, two):
         publish(staging, folder)
 
     monkeypatch.setattr(checkpoint, "_publish", crash)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="room.*checkpoint-4, got disk full"):
         trainer.fit()
     assert checkpoint.find_resume(trainer.output_dir, True).name == "checkpoint-2"
     monkeypatch.undo()

@@ -84,12 +84,6 @@ def test_label_out_of_range(arguments, capsys, tiny_base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_several_processes(arguments, capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(capsys, arguments(), "WORLD_SIZE", "expected 1, got 2")
-    assert not (tmp_path / "out").exists()
-
-
 def test_model_that_is_not_there(arguments, capsys, tmp_path):
     refused(capsys, arguments(model_name_or_path=tmp_path / "none"), "model_name_or_path", "none")
     (tmp_path / "empty").mkdir()

@@ -1,0 +1,126 @@
+"""Schedules and optimizers against transformers' and PEFT's own."""
+
+import types
+
+import pytest
+import torch
+
+from fuselora.engine import optim, schedule
+from fuselora.engine.config_keys import SCHEDULES
+from fuselora.engine.errors import UserError
+
+ARGUMENTS = {
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {"power": 2.0, "lr_end": 1e-4},
+    "inverse_sqrt": {"timescale": 7},
+    "cosine_with_min_lr": {"min_lr": 1e-3},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.2, "warmup_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 4, "min_lr_ratio": 0.1},
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_schedule_equals_transformers(make_config, kind):
+    from transformers import get_scheduler
+
+    warmup, total = (0 if kind == "constant" else 3), 11
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    theirs = get_scheduler(
+        kind,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=total,
+        scheduler_specific_kwargs=ARGUMENTS.get(kind),
+    )
+    factor = schedule.lr_factor(
+        make_config(lr_scheduler_type=kind, lr_scheduler_kwargs=ARGUMENTS.get(kind), warmup_steps=warmup), total
+    )
+    for step in range(total):
+        assert 1e-2 * factor(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("kind", ["cosine_with_min_lr", "warmup_stable_decay"])
+def test_schedules_with_required_arguments_have_defaults(make_config, kind):
+    factor = schedule.lr_factor(make_config(lr_scheduler_type=kind), 20)
+    assert factor(0) == 1.0 and 0.0 <= factor(20) <= 0.11
+
+
+@pytest.mark.parametrize(("kind", "arguments"), [("cosine", {"min_lr": 1e-5}), ("constant", {"power": 2})])
+def test_arguments_that_a_schedule_does_not_take(make_config, kind, arguments):
+    with pytest.raises(UserError, match="lr_scheduler_kwargs"):
+        schedule.lr_factor(make_config(lr_scheduler_type=kind, lr_scheduler_kwargs=arguments), 10)
+
+
+def test_warmup_steps_replaces_ratio(make_config):
+    assert schedule.warmup_steps(make_config(warmup_ratio=0.101), 100) == 11
+    assert schedule.warmup_steps(make_config(warmup_ratio=0.1, warmup_steps=3), 100) == 3
+    assert schedule.warmup_steps(make_config(warmup_steps=0.25), 100) == 25
+
+
+def keys(**overrides):
+    values = {"weight_decay": 0.1, "learning_rate": 1e-3, "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_epsilon": 1e-7}
+    values |= {"optim": "auto", "loraplus_lr_ratio": None, "loraplus_lr_embedding": 1e-6}
+    return types.SimpleNamespace(**values | overrides)
+
+
+def test_no_decay_of_vectors():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+    decayed, plain = optim.build_optimizer(model, keys()).param_groups
+    assert [p.dim() for p in decayed["params"]] == [2] and decayed["weight_decay"] == 0.1
+    assert [p.dim() for p in plain["params"]] == [1, 1, 1] and plain["weight_decay"] == 0
+    assert (decayed["betas"], decayed["eps"], decayed["lr"]) == ((0.9, 0.99), 1e-7, 1e-3)
+
+
+def test_loraplus_groups_equal_pefts():
+    """But for A of an embedding, whose rate PEFT changes too; LLaMA-Factory, whose keys these are, doesn't."""
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+    from tests.support.models import base_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], use_dora=False)
+    model = get_peft_model(base_model("llama"), config)
+    theirs = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_lr_embedding=1e-5, loraplus_weight_decay=0.1
+    )
+    ours = optim.build_optimizer(model, keys(loraplus_lr_ratio=16.0, loraplus_lr_embedding=1e-5))
+
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def rates(optimizer):
+        found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+        return {name: rate for name, rate in found.items() if "lora_embedding_A" not in name}
+
+    assert rates(ours) == rates(theirs) and len({lr for lr, _ in rates(ours).values()}) == 3
+
+
+def test_loraplus_rates_follow_the_schedule(make_trainer):
+    trainer = make_trainer(loraplus_lr_ratio=16.0, max_steps=4, save_strategy="no")
+    trainer.fit()
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert rates[1] == pytest.approx(16 * rates[0]) and rates[0] == pytest.approx(1e-2 / 4)
+
+
+def test_paged_optimizers_need_a_gpu(make_trainer):
+    with pytest.raises(UserError, match=r"optim: expected a GPU.*paged_adamw_8bit"):
+        make_trainer(optim="paged_adamw_8bit")
+
+
+@pytest.mark.parametrize("finite", [True, False])
+@pytest.mark.parametrize("kind", ["auto", "adamw_torch_fused", "sgd", "adafactor", "adamw_8bit", "fused"])
+def test_a_step_that_is_not_allowed_changes_nothing(kind, finite):
+    """Neither weights nor moments: state and update are as if the step had not been."""
+    from fuselora.engine.fused_adamw import FusedAdamW
+
+    model = torch.nn.Linear(80, 80)
+    optimizer = FusedAdamW(model.parameters()) if kind == "fused" else optim.build_optimizer(model, keys(optim=kind))
+    for ok in (True, finite, True):
+        before = [p.detach().clone() for p in model.parameters()]
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optim.clip_and_step(optimizer, 1.0, torch.tensor(ok))
+        changed = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
+        assert all(changed) if ok else not any(changed)
+    steps = {float(state["step"]) for state in optimizer.state.values() if "step" in state}
+    assert steps in ({3.0 if finite else 2.0}, set())
