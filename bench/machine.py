@@ -1,7 +1,7 @@
 """What this machine can do at best, and how a call is timed: every share in a report refers to these figures.
 
-A call is timed by CUDA events around it, after the L2 cache was overwritten, so that inputs come from memory as they do
-in training; on CPU by the wall clock. All figures are medians over repetitions that fill a time budget.
+A call is timed after the caches were overwritten, so that inputs come from memory as they do in training: on a GPU by
+CUDA events around it, on CPU by the wall clock. All figures are medians over repetitions that fill a time budget.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-FLUSH_BYTES = 256 << 20  # more than the L2 cache of any current GPU
+FLUSH_BYTES = 256 << 20  # more than the L2 cache of any current GPU and the L3 share of most processors
 LEAST_ROUNDS, MOST_ROUNDS = 5, 100
 
 
@@ -26,17 +26,16 @@ class Stopwatch:
     """Times calls on one device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        cuda = device.type == "cuda"
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if cuda else None
+        self.device, self.key = device, device.type.upper()
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
     def seconds(self, fn: Callable[[], Any], budget: float = 0.3) -> float:
         """Median seconds of one call, over as many calls as fit into ``budget`` seconds (5 to 100)."""
         for _ in range(2):
             once = self._wall(fn)
         rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(budget / max(once, 1e-6))))
-        if self.flush is None:
-            return statistics.median(self._wall(fn) for _ in range(rounds))
+        if self.device.type != "cuda":
+            return statistics.median(self._cold(fn) for _ in range(rounds))
         pairs = []
         for _ in range(rounds):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -47,6 +46,10 @@ class Stopwatch:
             pairs.append((start, end))
         synchronize(self.device)
         return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3
+
+    def _cold(self, fn: Callable[[], Any]) -> float:
+        self.flush.zero_()
+        return self._wall(fn)
 
     def _wall(self, fn: Callable[[], Any]) -> float:
         synchronize(self.device)

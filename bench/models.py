@@ -21,7 +21,7 @@ import copy
 from dataclasses import dataclass, replace
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -30,6 +30,7 @@ from fuselora.engine.patch import KINDS, patch_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TRAINED_B = 0.02  # a few hundred AdamW steps of 1e-4, each at most the rate, from zero
+QUANTIZED = ("nf4", "fp4")
 SUFFIXES = ("bf16", "autocast", "compile", "compute32")
 
 
@@ -88,37 +89,52 @@ def parse_side(name: str, same_dtype: bool = False) -> Side:
 
 
 def build_base(
-    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, seed: int, quantize: str | None = None
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    quantize: str | None = None,
+    prepared: bool = False,
 ) -> nn.Module:
-    """The model with random weights by its own initialisation, SDPA attention where it has it, on ``device``;
-    ``quantize`` "nf4" or "fp4" puts all linears but the head into bitsandbytes' 4 bits, double quantised."""
+    """The model with random weights by its own initialisation, SDPA attention where it has it, on ``device``.
+
+    ``quantize`` "nf4" or "fp4" puts all linears but the head into bitsandbytes' 4 bits, double quantised; ``prepared``:
+    then PEFT's prepare_model_for_kbit_training, without its checkpointing.
+    """
     torch.manual_seed(seed)
     config = copy.deepcopy(config)
     config.use_cache = False
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model if quantize is None else quantize_linears(model, dtype, quantize)
+    if quantize is not None:
+        model = quantize_linears(model, dtype, quantize)
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False) if prepared else model
 
 
 def quantize_linears(model: nn.Module, dtype: torch.dtype, kind: str) -> nn.Module:
     """In place: bitsandbytes' linears, as transformers makes them while loading; they compute in ``dtype``."""
-    import bitsandbytes as bnb
-
     for name, linear in list(model.named_modules()):
         if type(linear) is not nn.Linear or name == "lm_head":
             continue
-        made = bnb.nn.Linear4bit(
-            *(linear.in_features, linear.out_features, linear.bias is not None),
-            **{"compute_dtype": dtype, "compress_statistics": True, "quant_type": kind, "device": "meta"},
-        )
-        weight, device = linear.weight.data, linear.weight.device
-        keys = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-        options = {key: getattr(made.weight, key) for key in keys}
-        made.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=made, **options).to(device)
+        made = _linear_4bit(linear, dtype, kind)
         made.bias = linear.bias
         model.set_submodule(name, made)
     model.is_loaded_in_4bit = True  # PEFT reads it
     return model
+
+
+def _linear_4bit(linear: nn.Linear, dtype: torch.dtype, kind: str) -> nn.Module:
+    import bitsandbytes as bnb
+
+    made = bnb.nn.Linear4bit(
+        *(linear.in_features, linear.out_features, linear.bias is not None),
+        **{"compute_dtype": dtype, "compress_statistics": True, "quant_type": kind, "device": "meta"},
+    )
+    weight, device = linear.weight.data, linear.weight.device
+    keys = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    options = {key: getattr(made.weight, key) for key in keys}
+    made.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=made, **options).to(device)
+    return made
 
 
 def share_copy(model: nn.Module) -> nn.Module:
@@ -171,13 +187,30 @@ def autocast(side: Side, device: torch.device) -> contextlib.AbstractContextMana
     return torch.autocast(device.type, torch.bfloat16) if side.autocast else contextlib.nullcontext()
 
 
-def random_batch(config: PreTrainedConfig, batch: int, seq: int, device: torch.device, seed: int) -> dict:
-    """Random tokens; the first quarter of every row is a prompt without targets, as in instruction tuning."""
+def random_batch(
+    config: PreTrainedConfig, batch: int, seq: int, device: torch.device, seed: int, packed: bool = False
+) -> dict[str, torch.Tensor]:
+    """Random tokens; the first quarter of every row is a prompt without targets, as in instruction tuning.
+
+    ``packed``: every row holds documents of random lengths from seq / 16 to seq / 4, told apart by position_ids that
+    start again, each with such a prompt.
+    """
     generator = torch.Generator().manual_seed(seed + 2)
     ids = torch.randint(0, config.vocab_size, (batch, seq), generator=generator)
     labels = ids.clone()
-    labels[:, : seq // 4] = -100
-    return {"input_ids": ids.to(device), "labels": labels.to(device)}
+    if not packed:
+        labels[:, : seq // 4] = -100
+        return {"input_ids": ids.to(device), "labels": labels.to(device)}
+    positions = torch.empty_like(ids)
+    for row in range(batch):
+        start = 0
+        while start < seq:
+            length = int(torch.randint(max(2, seq // 16), max(3, seq // 4), (), generator=generator))
+            end = min(seq, start + length)
+            positions[row, start:end] = torch.arange(end - start)
+            labels[row, start : start + max(1, (end - start) // 4)] = -100
+            start = end
+    return {name: t.to(device) for name, t in (("input_ids", ids), ("labels", labels), ("position_ids", positions))}
 
 
 def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:

@@ -1,11 +1,12 @@
 """Every op and every public function of the registry at the sizes of real models: parity, time, share of the machine.
 
-    python bench/op_times.py --out build/gpu
+    python bench/op_times.py --out build/gpu [--device cpu]
 
-Ops run on the registry's workloads, once per implementation: time, bytes of the op's own cost model per second as a
-share of this run's copy bandwidth, FLOPs as a share of its matmul rate. Functions run forward plus backward beside
-their rivals (``rivals.py``) at one Llama-3-8B layer of 4096 tokens. Both pass the numerics rule against fp64 in the
-same run or get no figure.
+Ops run on the registry's workloads (on CPU on what they meet in a layer of the ``cpu`` preset), once per
+implementation: time, bytes of the op's own cost model per second as a share of this run's copy bandwidth, FLOPs as a
+share of its matmul rate. Functions run forward plus backward beside their rivals (``rivals.py``) at one Llama-3-8B
+layer of 4096 tokens, on CPU at one of the preset. Both pass the numerics rule against fp64 in the same run or get no
+figure.
 """
 
 from __future__ import annotations
@@ -39,9 +40,12 @@ def doubled(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def op_cases(op: Op, stage: Stage) -> Iterator[Sample]:
-    """The op's workloads; in smoke runs and where it has none, its first sample that holds data."""
-    found = [] if stage.smoke else list(op.workloads(torch.bfloat16, stage.device))
+def op_cases(op: Op, stage: Stage, met: dict[str, tuple[Any, ...]]) -> Iterator[Sample]:
+    """What the op meets in a layer, else its workloads; in smoke runs and where it has none, its first sample that
+    holds data."""
+    found = [Sample("layer", met[op.name])] if op.name in met else []
+    if not found and not stage.smoke:
+        found = list(op.workloads(torch.bfloat16, stage.device)) if stage.device.type == "cuda" else []
     yield from found or [
         s for s in op.samples(torch.bfloat16, stage.device) if all(t.numel() for t in tensors(s.args))
     ][:1]  # fmt: skip
@@ -68,9 +72,17 @@ def measure_op(op: Op, tag: str, case: Sample, stage: Stage) -> dict[str, Any]:
         "parity": True,
         "seconds": seconds,
         "bytes": cost.bytes,
+        "flops": cost.flops,
         "share_of_copy": cost.bytes / seconds / stage.limits["copy_bytes_per_s"],
         "share_of_matmul": cost.flops / seconds / stage.limits["matmul_flop_per_s"],
     }
+
+
+def forward_backward(fn: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], None]:
+    """A call that runs ``fn`` and differentiates all its outputs by all its inputs that require grad."""
+    inputs = [x for x in tensors(args) if x.requires_grad]
+    upstream = [torch.randn_like(y) for y in tensors(fn(*args))]
+    return lambda: torch.autograd.grad(tensors(fn(*args)), inputs, upstream) and None
 
 
 def measure_function(record: Function, name: str, args: tuple[Any, ...], stage: Stage) -> dict[str, Any]:
@@ -83,31 +95,27 @@ def measure_function(record: Function, name: str, args: tuple[Any, ...], stage: 
             fn = rivals(record)[name]()
         except Missing as missing:
             return {"missing": str(missing)}
-    inputs = [x for x in tensors(args) if x.requires_grad]
-    upstream = [torch.randn_like(y) for y in tensors(fn(*args))]
-
-    def forward_backward() -> None:
-        torch.autograd.grad(tensors(fn(*args)), inputs, upstream)
-
-    figures = {"seconds": stage.watch.seconds(forward_backward)}
+    step = forward_backward(fn, args)
+    figures = {"seconds": stage.watch.seconds(step)}
     if stage.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        forward_backward()
+        step()
         figures["peak_bytes"] = torch.cuda.max_memory_allocated() - before
     return figures
 
 
 def main() -> int:
     stage = Stage("kernels", __doc__)
-    key = stage.device.type.upper()
+    key, on_cpu = stage.device.type.upper(), stage.device.type == "cpu"
+    shape = workloads.SMOKE if stage.smoke else workloads.SHAPES["cpu" if on_cpu else "llama-3-8b"]
+    met = workloads.operators(shape, torch.bfloat16, stage.device) if on_cpu and not stage.smoke else {}
     for op in OPS.values():
         tags = [*(tag for tag in op.impls if DISPATCH_KEY[tag] == key), "reference"]
-        for case in op_cases(op, stage):
+        for case in op_cases(op, stage, met):
             for tag in tags:
                 name = f"op {op.name} [{case.name}] {tag}"
                 stage.measure(name, measure_op, op, tag, case, stage, seconds=ENOUGH_SECONDS)
-    shape = workloads.SMOKE if stage.smoke else workloads.LLAMA_3_8B
     for name, make in workloads.functions(shape, torch.bfloat16, stage.device).items():
         if record := FUNCTIONS.get(name):
             args = make()

@@ -44,6 +44,8 @@ class GateShape:
     batch: int = 2
     seq: int = 48
     checkpointing: bool = False
+    steps: int = CURVE_STEPS
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,13 @@ def gate(
     seed: int,
     shape: GateShape,
     quantize: str | None = None,
+    prepared: bool = False,
 ) -> Gate:
     """Compare ``side`` with its stock twin on the reduced model. Compilation is left out: it is timing's subject."""
     side = side.fresh()
     small = with_layers(config, shape.layers)
-    base = models.build_base(small, dtype, device, seed, quantize)
-    batch = models.random_batch(small, shape.batch, shape.seq, device, seed)
+    base = models.build_base(small, dtype, device, seed, quantize, prepared)
+    batch = models.random_batch(small, shape.batch, shape.seq, device, seed, packed=shape.packed)
 
     def build(of: torch.nn.Module, what: Side, adapters: LoraShape) -> torch.nn.Module:
         return models.build_side(of, what, adapters, checkpointing=shape.checkpointing, seed=seed)
@@ -133,22 +136,22 @@ def gate(
 
     exact = torch.float64 if dtype == torch.float32 else torch.float32
     steady = replace(lora, dropout=0.0)
-    ours = curve(build(base, side, steady), side, batch)
-    stock = curve(build(base, side.stock(), steady), side, batch)
+    ours = curve(build(base, side, steady), side, batch, shape.steps)
+    stock = curve(build(base, side.stock(), steady), side, batch, shape.steps)
     exact_side = replace(side.stock(), autocast=False)
     dense = dequantize_linears(copy.deepcopy(base), dtype).to(exact)
-    truth = curve(build(dense, exact_side, steady).to(exact), exact_side, batch)
+    truth = curve(build(dense, exact_side, steady).to(exact), exact_side, batch, shape.steps)
     scale = math.sqrt(sum(loss * loss for loss in truth) / len(truth))
     coarse = torch.bfloat16 if side.autocast else dtype
     bound = K_REDUCTION * distance(stock, truth) + rounding(coarse) * scale
     return Gate(side.name, gradients, ours, stock, truth, bound)
 
 
-def curve(model: torch.nn.Module, side: Side, batch: dict[str, torch.Tensor]) -> tuple[float, ...]:
+def curve(model: torch.nn.Module, side: Side, batch: dict[str, torch.Tensor], steps: int) -> tuple[float, ...]:
     """Losses of AdamW on one batch, which the model memorises."""
     optimizer = models.adamw(model, RATE_TIMES_WIDTH / model.config.get_text_config().hidden_size)
     losses = []
-    for _ in range(CURVE_STEPS):
+    for _ in range(steps):
         with models.autocast(side, batch["labels"].device):
             loss = model(**batch).loss
         loss.backward()

@@ -1,7 +1,8 @@
 """Other implementations of our public functions, by name: what a figure of ours stands beside.
 
 ``eager`` is stock PyTorch as transformers and PEFT write it, ``compile`` the same under ``torch.compile`` (inductor),
-``liger`` Liger's kernel where there is one. A rival that is not installed is named with the reason, not left out.
+``liger`` Liger's kernel and ``bitsandbytes`` its 4-bit product where there is one. A rival that is not installed is
+named with the reason, not left out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from typing import Any
 
 import torch
 
+from fuselora.kernels.nf4 import Quantized4bit
 from fuselora.kernels.registry import Function
+
+NAMES = ("eager", "compile", "liger", "bitsandbytes")
 
 
 class Missing(RuntimeError):
@@ -26,12 +30,32 @@ def rivals(record: Function) -> dict[str, Callable[[], Callable[..., Any]]]:
     }
     if record.name in LIGER:
         found["liger"] = lambda: _liger(record.name)
+    if record.name == "linear_4bit":
+        found["bitsandbytes"] = _bitsandbytes
     return found
 
 
 def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.reset()
     return torch.compile(fn)
+
+
+def _bitsandbytes() -> Callable[..., Any]:
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise Missing(f"bitsandbytes is not installed: {error}") from error
+
+    def linear(x: torch.Tensor, q: Quantized4bit) -> torch.Tensor:
+        nested = {"absmax": q.absmax2, "code": q.code2, "blocksize": q.blocksize2, "dtype": torch.float32}
+        state = bnb.functional.QuantState(
+            **{"absmax": q.absmax, "shape": torch.Size(q.shape), "code": q.code, "blocksize": q.blocksize},
+            **{"quant_type": "nf4", "dtype": x.dtype, "offset": q.offset},
+            state2=None if q.absmax2 is None else bnb.functional.QuantState(**nested),
+        )
+        return bnb.matmul_4bit(x, q.data.view(-1, 1).t(), state)
+
+    return linear
 
 
 def _liger(name: str) -> Callable[..., Any]:

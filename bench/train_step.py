@@ -51,8 +51,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     shape.add_argument(
         "--adapter-dtype", choices=("auto", "same"), default="auto", help="same: as the base, on all sides"
     )
-    shape.add_argument("--quantize", choices=("nf4", "fp4"), help="4-bit base, double quantised (needs bitsandbytes)")
+    shape.add_argument("--quantize", choices=models.QUANTIZED, help="4-bit base, double quantised (needs bitsandbytes)")
+    shape.add_argument("--prepared", action="store_true", help="all sides after PEFT's prepare_model_for_kbit_training")
     shape.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on all sides")
+    shape.add_argument("--packed", action="store_true", help="rows of several documents, told by position_ids")
+    shape.add_argument("--lengths", nargs="+", type=int, metavar="SEQ", help="a run per length, as many tokens")
     sides = parser.add_argument_group("sides")
     sides.add_argument("--candidate", default="fuselora")
     sides.add_argument("--baseline", nargs="+", default=["peft", "peft-bf16"])
@@ -66,6 +69,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     measure.add_argument("--no-memory", action="store_true", help="skip the memory processes")
     measure.add_argument("--parity-layers", type=int, default=2, help="layers of the gate's model, 0 for all")
     measure.add_argument("--parity-seq", type=int, default=48)
+    measure.add_argument("--parity-steps", type=int, default=parity.CURVE_STEPS, help="length of the loss curves")
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, help="write the record here")
     output.add_argument("--save", type=Path, metavar="DIR", help="write it to DIR/<machine>/<preset>-<date>.json")
@@ -83,12 +87,15 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in [args.candidate, *args.baseline]:
         models.parse_side(name)
     least = {"batch": 1, "seq": 8, "rank": 1, "warmup": 1, "rounds": 1, "threads": 1, "parity_seq": 8}
+    least["parity_steps"] = 2
     for key, low in least.items():
         value = getattr(args, key)
         if value is not None and value < low:
             raise ValueError(f"--{key.replace('_', '-')}: expected at least {low}, got {value}; raise it")
     if not 0.0 <= args.dropout < 1.0:
         raise ValueError(f"--dropout: expected 0 <= p < 1, got {args.dropout}; give a probability")
+    if args.prepared and not args.quantize:
+        raise ValueError("--prepared: expected --quantize with it, got a dense base; add --quantize nf4")
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: expected a device of this machine, got {args.device!r}; use --device cpu")
     presets.load_config(args.preset, args.config)
@@ -104,13 +111,22 @@ def load_shape(args: argparse.Namespace, family: str | None) -> tuple[PreTrained
     return config, args.batch or batch, args.seq or seq
 
 
+def at_lengths(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The arguments of each run of ``--lengths``: batch x seq tokens in rows of that length, at least one row."""
+    if not args.lengths:
+        return [args]
+    _, batch, seq = load_shape(args, None)
+    changes = ({"seq": length, "batch": max(1, batch * seq // length)} for length in args.lengths)
+    return [argparse.Namespace(**vars(args) | change) for change in changes]
+
+
 def build_trainers(
     args: argparse.Namespace, config: PreTrainedConfig, names: Sequence[str], batch: int, seq: int
 ) -> list:
     """One ``Trainer`` per side around one base model."""
     device, dtype = torch.device(args.device), models.DTYPES[args.dtype]
-    base = models.build_base(config, dtype, device, args.seed, args.quantize)
-    data = models.random_batch(config, batch, seq, device, args.seed)
+    base = models.build_base(config, dtype, device, args.seed, args.quantize, args.prepared)
+    data = models.random_batch(config, batch, seq, device, args.seed, packed=args.packed)
     trainers = []
     for name in names:
         side = models.parse_side(name, args.adapter_dtype == "same")
@@ -150,8 +166,11 @@ def gate_sides(args: argparse.Namespace, config: PreTrainedConfig, names: Sequen
                 models.DTYPES[args.dtype],
                 torch.device(args.device),
                 args.seed,
-                parity.GateShape(layers=args.parity_layers, seq=args.parity_seq, checkpointing=args.checkpointing),
+                parity.GateShape(
+                    args.parity_layers, 2, args.parity_seq, args.checkpointing, args.parity_steps, args.packed
+                ),
                 args.quantize,
+                args.prepared,
             )
         )
         print(gates[-1], flush=True)
@@ -248,6 +267,8 @@ def _describe(args: argparse.Namespace, config: PreTrainedConfig, batch: int, se
         "dtype": args.dtype,
         "adapter_dtype": args.adapter_dtype,
         "quantize": args.quantize,
+        "prepared": args.prepared,
+        "layout": "packed" if args.packed else "padded",
         "checkpointing": args.checkpointing,
         "target_modules": "all-linear",
         "ignored_targets": "first quarter of each row",
@@ -260,7 +281,7 @@ def _worker_arguments(args: argparse.Namespace, family: str | None) -> list[str]
     for key in ("config", "batch", "seq", "threads", "quantize"):
         if getattr(args, key) is not None:
             passed += [f"--{key}", getattr(args, key)]
-    passed += ["--checkpointing"] if args.checkpointing else []
+    passed += [f"--{flag}" for flag in ("checkpointing", "prepared", "packed") if getattr(args, flag)]
     passed += ["--families", family] if family else []
     return [str(item) for item in passed]
 
@@ -272,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.memory_worker:
         memory_worker(args)
         return 0
-    runs = [run(args, family) for family in args.families or [None]]
+    runs = [run(at, family) for at in at_lengths(args) for family in args.families or [None]]
     device = torch.device(args.device)
     record = {"schema": report.SCHEMA, "environment": report.environment(device), "runs": runs}
     if args.json:

@@ -2,7 +2,7 @@
 
 fuselora train [config.yaml] [key=value ...]     train.py
 fuselora verify [config.yaml] [key=value ...]    patched against stock against fp64 on the configured model
-fuselora bench [options]                         bench/train_step.py, in a clone
+fuselora bench [step|ops|gate|report|predict]    bench/, in a clone: a training step by default
 fuselora env                                     environment and capability report
 fuselora config-docs                             docs/config.md on standard output
 """
@@ -50,14 +50,21 @@ def _verify(arguments: list[str]) -> int:
     return 0 if result.ok else 1
 
 
+BENCHES = {"step": "train_step", "ops": "op_times", "gate": "gate", "report": "write_report", "predict": "predict"}
+
+
 def _bench(arguments: list[str]) -> int:
-    script = Path(__file__).resolve().parents[2] / "bench" / "train_step.py"
-    if not script.is_file():
+    """`fuselora bench NAME ...` for a name in BENCHES; without one, a training step."""
+    named = bool(arguments) and arguments[0] in BENCHES
+    script = BENCHES[arguments[0] if named else "step"]
+    path = Path(__file__).resolve().parents[2] / "bench" / f"{script}.py"
+    if not path.is_file():
         raise UserError(
             "bench: expected a clone of the repository, got an installed package; clone it and run it there"
         )
-    sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
+    sys.argv = [str(path), *arguments[named:]]
+    sys.path.insert(0, str(path.parent))
+    runpy.run_path(str(path), run_name="__main__")
     return 0
 
 

@@ -64,7 +64,7 @@ def test_a_wrong_kernel_gets_no_figure(stage, monkeypatch):
     op = OPS["rms_norm"]
     wrong = Impl("cpu", lambda *args: tuple(1.1 * y for y in op.reference(*args)), lambda *args: None)
     monkeypatch.setitem(op.impls, "cpu", wrong)
-    (case,) = op_times.op_cases(op, stage)
+    (case,) = op_times.op_cases(op, stage, {})
     with pytest.raises(AssertionError, match="rms_norm"):
         op_times.measure_op(op, "cpu", case, stage)
 
