@@ -1,6 +1,6 @@
-"""Fine-tune a model with LoRA: ``python train.py config.yaml [key=value ...]``, the same as ``fuselora train``.
+"""Fine-tune a model: ``python train.py config.yaml [key=value ...]``, the same as ``fuselora train``.
 
-Top to bottom this is the whole product: configuration -> data -> model -> patch_model -> fit -> adapter. The keys are
+Top to bottom this is the whole product: configuration -> data -> model -> patch_model -> fit -> result. The keys are
 in docs/config.md; ``python train.py --help`` lists them.
 """
 
@@ -17,6 +17,7 @@ from fuselora.engine.config import Config, read_config
 from fuselora.engine.config_docs import config_help
 from fuselora.engine.data import load_splits
 from fuselora.engine.errors import UserError, run_command
+from fuselora.engine.methods import trainable_summary
 from fuselora.engine.model import build_model, check_vocabulary, load_tokenizer, quiet_libraries, resolve_base
 from fuselora.engine.patch import patch_model, patch_report
 from fuselora.engine.trainer import Trainer
@@ -41,7 +42,7 @@ def train(config: Config) -> int:
 
     model = build_model(base, config)
     check_vocabulary(model, [*train_set, *held_out])
-    model.print_trainable_parameters()
+    print(trainable_summary(model))
     if config.fuse:
         try:
             patch_model(model, strict=config.fuse_strict)
@@ -59,13 +60,13 @@ def train(config: Config) -> int:
         print(f"stopped; go on with the same command and resume_from_checkpoint={trainer.last_checkpoint}")
         return 128 + stopped_by
 
-    output.save_adapter(model, folder)
+    output.save_result(model, folder, config)
     tokenizer.save_pretrained(folder)
     if config.plot_loss:
         metrics.plot_loss(trainer.log.records, folder / metrics.CURVE_FILE)
     if output.wants_check(config, model):
         rows = held_out_rows or train_rows
-        print(output.check_adapter(config, base, tokenizer, rows[len(rows) // 2]))
+        print(output.check_result(config, base, tokenizer, rows[len(rows) // 2]))
     print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}")
     return 0
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fuselora.engine.adapters import save_adapter_files
 from fuselora.engine.checkpoint_state import is_sharded
 from fuselora.engine.distributed import copy_whole_, whole
 from fuselora.engine.errors import expected
@@ -30,7 +31,7 @@ def weights_to_save(model: Any) -> dict[str, Tensor] | None:
 def save_weights(model: Any, folder: Path, weights: dict[str, Tensor] | None) -> None:
     """Write the trained weights; ``weights`` are those of ``weights_to_save``."""
     if hasattr(model, "peft_config"):
-        model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+        save_adapter_files(model, folder, state_dict=weights, convert=False)
         return
     if weights is None:
         weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -43,8 +44,8 @@ def load_weights(folder: Path, model: Any) -> None:
     Raises:
         UserError: the checkpoint lacks a trained weight, or has one that this model doesn't train.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    adapter = hasattr(model, "peft_config")
+    adapter = hasattr(model, "peft_config")  # whose file holds a tied weight under both its names
+    trained = {n: p for n, p in model.named_parameters(remove_duplicate=not adapter) if p.requires_grad}
     saved = load_file(folder / (ADAPTER if adapter else TRAINED))
     names = adapter_names(model, trained) if adapter else {name: name for name in trained}
     strange = sorted(saved.keys() ^ names.keys())

@@ -22,6 +22,7 @@ def check(config: Config) -> None:
     _check_supported(config)
     _check_ranges(config)
     _check_combinations(config)
+    _check_method(config)
 
 
 def _check_choices(config: Config) -> None:
@@ -43,7 +44,6 @@ def _check_required(config: Config) -> None:
 def _check_supported(config: Config) -> None:
     supported: dict[str, tuple[Any, str]] = {
         "stage": ("sft", "other objectives do not exist here yet"),
-        "finetuning_type": ("lora", "other kinds do not exist here yet"),
         "report_to": ("none", "read trainer_log.jsonl instead"),
     }
     for key, (want, remedy) in supported.items():
@@ -78,6 +78,41 @@ def _check_ranges(config: Config) -> None:
             raise expected(key, want, value, "choose a value in that range")
     if config.val_size >= 1 and config.val_size != int(config.val_size):
         raise expected("val_size", "a share below 1 or a whole number of rows", config.val_size, "choose one of those")
+
+
+def _check_method(config: Config) -> None:
+    """Keys of one method with another one."""
+    lora_only = "use_rslora use_dora pissa_init loftq_init create_new_adapter adapter_name_or_path additional_target"
+    for key in lora_only.split() if config.finetuning_type != "lora" else ():
+        if getattr(config, key):
+            raise expected(
+                key, f"nothing with finetuning_type {config.finetuning_type}", as_yaml(getattr(config, key)), "drop one"
+            )
+    if config.finetuning_type != "lora" and config.quantization_bit:
+        raise expected(
+            "finetuning_type", "lora on a quantised base", config.finetuning_type, "drop quantization_bit or use lora"
+        )
+    if config.finetuning_type == "freeze" and config.freeze_trainable_layers == 0 and not config.freeze_extra_modules:
+        raise expected("freeze_trainable_layers", "a number other than 0", 0, "say how many layers to train")
+    if config.pissa_iter < -1:
+        raise expected("pissa_iter", "-1 or more", config.pissa_iter, "choose a number in that range")
+    if config.pissa_init and (config.quantization_bit or config.use_dora):
+        other = "quantization_bit" if config.quantization_bit else "use_dora"
+        raise expected("pissa_init", f"false with {other}", "true", "drop one of the two")
+    if config.loftq_init and (config.quantization_bit != 4 or config.use_dora):
+        raise expected("loftq_init", "quantization_bit: 4 and no use_dora", "another", "change the keys or drop it")
+    if config.create_new_adapter and not config.adapter_name_or_path:
+        raise expected("create_new_adapter", "adapters to merge first", "none", "set adapter_name_or_path or drop it")
+    if config.adapter_name_or_path and (config.pissa_init or config.loftq_init) and not config.create_new_adapter:
+        key = "pissa_init" if config.pissa_init else "loftq_init"
+        raise expected(key, "a fresh adapter", "one to go on with", "set create_new_adapter: true or drop it")
+    if config.quantization_bit and (config.create_new_adapter or len(config.adapter_name_or_path) > 1):
+        raise expected(
+            "adapter_name_or_path",
+            "one adapter to go on with on a quantised base",
+            as_yaml(config.adapter_name_or_path),
+            "merge the others first, with fuselora export",
+        )
 
 
 def _check_combinations(config: Config) -> None:

@@ -68,6 +68,7 @@ HARMLESS: dict[str, str] = {
         "prediction_loss_only eval_do_concat_batches eval_use_gather_object include_for_metrics batch_eval_metrics "
         "sortish_sampler"
     ),
+    "the result is always a plain adapter": "pissa_convert",
     "for exporting, which is its own command": (
         "export_dir export_size export_device export_quantization_bit export_quantization_dataset "
         "export_quantization_nsamples export_quantization_maxlen export_legacy_format export_hub_model_id"
@@ -130,7 +131,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "pref_ftx": ((None, 0), _LATER),
     "pref_bco_weight": ((None, 0), _LATER),
     "dpo_label_smoothing": ((None, 0), _LATER),
-    "pissa_convert": (_OFF, _LATER),
     "use_galore": (_OFF, _LATER),
     "use_apollo": (_OFF, _LATER),
     "use_badam": (_OFF, _LATER),

@@ -48,6 +48,12 @@ class ModelKeys:
     cache_dir: str | None = _key(
         "model", None, "Folder of the quickstart base and of hub downloads; unset: the user's cache."
     )
+    adapter_name_or_path: tuple[str, ...] = _key(
+        "model", (), "Adapters of that base, comma-separated: all but the last are merged, the last is trained on."
+    )
+    check_base: bool = _key(
+        "model", True, "Refuse an adapter whose file says that it was trained on another base than this one."
+    )
     trust_remote_code: bool = _key("model", False, "Run Python code that comes with the model.")
     flash_attn: str = _key(
         "model", "auto", "Attention: `auto` leaves the choice to transformers.", ("auto", "disabled", "sdpa", "fa2")
@@ -81,7 +87,12 @@ class MethodKeys:
     """What is learned and how: objective, adapter, masks, fusion."""
 
     stage: str = _key("method", "sft", "Objective; only supervised fine-tuning for now.")
-    finetuning_type: str = _key("method", "lora", "Only LoRA for now.")
+    finetuning_type: str = _key(
+        "method",
+        "lora",
+        "What is trained: an adapter, some layers, or every weight; the last two keep trained weights in fp32.",
+        ("lora", "freeze", "full"),
+    )
     lora_rank: int = _key("method", 8, "Rank r of the adapter.")
     lora_alpha: int | None = _key("method", None, "Numerator of the scaling alpha / r; unset: 2 r.")
     lora_dropout: float = _key("method", 0.0, "Dropout on the adapter's input.")
@@ -90,7 +101,20 @@ class MethodKeys:
     )
     use_rslora: bool = _key("method", False, "Scaling alpha / sqrt(r).")
     use_dora: bool = _key("method", False, "Weight-decomposed LoRA.")
+    pissa_init: bool = _key(
+        "method", False, "Start the adapter at the base's leading singular directions; saved as a plain adapter."
+    )
+    pissa_iter: int = _key("method", 16, "Subspace iterations of PiSSA's decomposition; -1: a full one.")
+    loftq_init: bool = _key("method", False, "Start the adapter at what 4-bit quantisation took away (LoftQ).")
+    create_new_adapter: bool = _key("method", False, "Merge every adapter_name_or_path and train a fresh one.")
     additional_target: tuple[str, ...] = _key("method", (), "Modules trained in full and saved with the adapter.")
+    freeze_trainable_layers: int = _key("method", 2, "With freeze: train the last n layers, or the first ones for -n.")
+    freeze_trainable_modules: tuple[str, ...] = _key(
+        "method", ("all",), "With freeze: the parts of those layers to train, as `mlp` or `self_attn`; `all`."
+    )
+    freeze_extra_modules: tuple[str, ...] = _key(
+        "method", (), "With freeze: modules outside the layers to train too, as `embed_tokens` or `lm_head`."
+    )
     train_on_prompt: bool = _key("method", False, "Train on every token, not only on the answers.")
     mask_history: bool = _key("method", False, "Train on the last answer of a conversation only.")
     neftune_noise_alpha: float | None = _key(

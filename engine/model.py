@@ -16,10 +16,10 @@ from fuselora.engine.chat import Example
 from fuselora.engine.config import Config
 from fuselora.engine.errors import UserError, expected, first_line
 from fuselora.engine.kbit import keep_weights_in_place, misread_on_cpu
+from fuselora.engine.methods import prepare_method
 from fuselora.engine.rope_scaling import describe, follow_length, scale_rope
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Any one of these makes a folder loadable as a tokenizer; without one, AutoTokenizer invents an empty vocabulary.
@@ -158,14 +158,13 @@ def quantization_config(config: Config, dtype: torch.dtype) -> BitsAndBytesConfi
     )
 
 
-def build_model(base: str, config: Config) -> PeftModel:
-    """Base model in its compute dtype with a fresh adapter; with bf16, PEFT keeps the adapter's weights in fp32.
+def build_model(base: str, config: Config) -> Any:
+    """Base model in its compute dtype, trainable as ``finetuning_type`` says (methods.py): for lora a PeftModel, whose
+    adapter PEFT keeps in fp32 with bf16.
 
     A quantised base keeps norms, embeddings and head in that dtype: PEFT's ``prepare_model_for_kbit_training`` would
     turn them and with them the residual stream to fp32, though norms compute in fp32 inside anyway.
     """
-    from peft import get_peft_model
-
     torch.manual_seed(config.seed)
     dtype = torch.bfloat16 if config.bf16 or config.pure_bf16 else torch.float32
     model: Any = load_base(base, config, dtype)
@@ -180,10 +179,7 @@ def build_model(base: str, config: Config) -> PeftModel:
         enable({"use_reentrant": config.use_reentrant_gc})  # the first name came with transformers 5.2x
         if config.use_reentrant_gc:
             model.enable_input_require_grads()  # re-entrant autograd needs an input that requires grad
-    try:
-        model = get_peft_model(model, lora_config(config), autocast_adapter_dtype=not config.pure_bf16)
-    except ValueError as error:  # PEFT names the modules it looked for
-        raise UserError(f"lora_target: {first_line(error)}") from error
+    model = prepare_method(model, base, config)
     return model if config.quantization_bit else model.to(pick_device(config))
 
 
@@ -198,28 +194,13 @@ def _check_readable(model: PreTrainedModel, config: Config) -> None:
         )
 
 
-def check_vocabulary(model: PeftModel, examples: Sequence[Example]) -> None:
+def check_vocabulary(model: Any, examples: Sequence[Example]) -> None:
     """Raise UserError if a token or label has no row in the model's embeddings."""
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max((max(example.input_ids, default=0) for example in examples), default=0)
     if largest >= rows:
         what = f"a tokenizer whose ids are below the model's {rows} embeddings"
         raise expected("model_name_or_path", what, f"token {largest}", "use the tokenizer that belongs to the model")
-
-
-def lora_config(config: Config) -> LoraConfig:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if config.lora_target == ("all",) else list(config.lora_target),
-        modules_to_save=list(config.additional_target) or None,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-    )
 
 
 def _hub_cache(config: Config) -> str | None:

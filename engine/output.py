@@ -1,7 +1,8 @@
-"""What a run leaves in ``output_dir``, and the proof that stock PEFT can use it."""
+"""What a run leaves in ``output_dir``, and the proof that stock PEFT or transformers can use it."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fuselora.engine.adapters import load_adapter, merge_adapters, merged_first, save_adapter_files
 from fuselora.engine.chat import prompt_ids
 from fuselora.engine.checkpoint import PREFIX, has_checkpoints
 from fuselora.engine.config import Config
@@ -62,19 +64,39 @@ def open_output_dir(config: Config, *, resumed: bool = False) -> Path:
     return folder
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """The adapter as PEFT saves it; each file appears whole or not at all."""
-    staging = folder / ".adapter.tmp"
+def save_result(model: Any, folder: Path, config: Config) -> None:
+    """The adapter as PEFT saves it, or the model as transformers does, in the dtype it computes in; each file appears
+    whole or not at all.
+    """
+    staging = folder / ".result.tmp"
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging, save_embedding_layers=False)
+    staging.mkdir()
+    if hasattr(model, "peft_config"):
+        save_adapter_files(model, staging)
+    else:
+        save_model(model, staging, torch.bfloat16 if config.bf16 else None)
     for path in staging.iterdir():
         path.replace(folder / path.name)
     staging.rmdir()
 
 
+def save_model(model: Any, folder: Path, dtype: torch.dtype | None, **options: Any) -> None:
+    """A transformers model in ``dtype`` (None: as it is); ``options`` go to ``save_pretrained``."""
+    if dtype is None:
+        model.save_pretrained(folder, **options)
+        return
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state, **options)
+    path = folder / "config.json"  # it names the dtype of the model in memory
+    values = json.loads(path.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 @dataclass(frozen=True)
-class AdapterCheck:
-    """Reloaded in stock PEFT, fp32. ``logit_difference``: max |fuselora - stock| over ``prompt`` + ``sample``."""
+class ResultCheck:
+    """Reloaded in stock PEFT or transformers, fp32. ``logit_difference``: max |fuselora - stock| over ``prompt`` and
+    ``sample``.
+    """
 
     instruction: str
     reference: str
@@ -84,7 +106,7 @@ class AdapterCheck:
     def __str__(self) -> str:
         lines = [f"instruction  {self.instruction}", f"reference    {self.reference}", f"sample       {self.sample}"]
         if self.logit_difference is not None:
-            lines.append(f"max logit difference, fuselora against stock PEFT (fp32): {self.logit_difference:.2e}")
+            lines.append(f"max logit difference, fuselora against stock (fp32): {self.logit_difference:.2e}")
         return "\n".join(lines)
 
 
@@ -95,23 +117,23 @@ def wants_check(config: Config, model: torch.nn.Module) -> bool:
 
 
 @torch.no_grad()
-def check_adapter(
+def check_result(
     config: Config, base: str, tokenizer: PreTrainedTokenizerBase, conversation: Conversation
-) -> AdapterCheck:
-    """Load base and saved adapter afresh with stock PEFT, answer one instruction, then patch and compare the logits.
+) -> ResultCheck:
+    """Load what was saved afresh with stock code, answer one instruction, then patch and compare the logits.
 
-    Stock PEFT gets a 4-bit base dequantised, so that the logits are those of the formula: bitsandbytes' own code for
+    A 4-bit base is dequantised for stock PEFT, so that the logits are those of the formula: bitsandbytes' own code for
     CPUs differs from it where rows are no whole blocks.
     """
-    from peft import PeftModel
-
     device = pick_device(config)
 
     def load(dequantize: bool) -> Any:
+        if config.finetuning_type != "lora":
+            return load_base(config.output_dir, config, torch.float32).to(device).eval()
         model: Any = load_base(base, config, torch.float32)
         if dequantize:
             dequantize_linears(model, torch.float32)
-        model = PeftModel.from_pretrained(model, config.output_dir)
+        model = load_adapter(merge_adapters(model, merged_first(config), None)[0], config.output_dir)
         return (model if config.quantization_bit else model.to(device)).eval()
 
     quantized = config.quantization_bit == 4
@@ -130,4 +152,4 @@ def check_adapter(
         patched = patch_model(load(dequantize=False) if quantized else stock)
         difference = (patched(input_ids=ids).logits - stock_logits).abs().max().item()
     (sample,) = tokenizer.batch_decode(ids[:, prompt.shape[1] :], skip_special_tokens=True)
-    return AdapterCheck(conversation[-2]["content"], conversation[-1]["content"], sample, difference)
+    return ResultCheck(conversation[-2]["content"], conversation[-1]["content"], sample, difference)

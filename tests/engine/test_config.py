@@ -81,7 +81,7 @@ def test_required(key):
     "keys",
     [
         {"stage": "dpo"},
-        {"finetuning_type": "full"},
+        {"finetuning_type": "oft"},
         {"fp16": True, "bf16": True},
         {"optim": "lion"},
         {"lr_scheduler_kwargs": "0.1"},
