@@ -128,6 +128,10 @@ def _check_combinations(config: Config) -> None:
     if config.cuda_graphs and (config.packed or config.padding_free):
         key = "padding_free" if config.padding_free else "packing" if config.packing else "neat_packing"
         raise expected("cuda_graphs", f"false with {key}, whose rows differ from batch to batch", "true", "drop one")
+    if config.shift_attn and config.flash_attn not in ("auto", "sdpa"):
+        raise expected("flash_attn", "auto or sdpa with shift_attn", config.flash_attn, "drop one of the two")
+    if config.shift_attn and config.cutoff_len % 8:
+        raise expected("cutoff_len", "a multiple of 8 with shift_attn", config.cutoff_len, "change it")
     held_out = bool(config.eval_dataset) or config.val_size > 0
     if config.eval_strategy != "no" and not held_out:
         raise expected(

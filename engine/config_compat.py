@@ -116,7 +116,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "add_special_tokens": (_OFF, "add the tokens to the tokenizer and model once, save them and name their folder"),
     "new_special_tokens_config": (_OFF, "add the tokens to the tokenizer and model once and name their folder"),
     "split_special_tokens": (_OFF, "special tokens of the template are always one token here"),
-    "shift_attn": (_OFF, "shifted sparse attention is superseded by full attention with gradient_checkpointing: true"),
     "mixture_of_depths": (_OFF, "its library is abandoned and does not run with current transformers; remove it"),
     "use_llama_pro": (_OFF, "expand the blocks beforehand and train them as the base; the key " + _LATER),
     "moe_aux_loss_coef": (_OFF, "set router_aux_loss_coef in the model's config.json"),

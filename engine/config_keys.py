@@ -65,6 +65,11 @@ class ModelKeys:
         "wherever the adapter is used.",
         ("linear", "dynamic", "yarn", "llama3"),
     )
+    shift_attn: bool = _key(
+        "model",
+        False,
+        "Train with LongLoRA's shifted sparse attention, in groups of cutoff_len / 4; evaluate with full.",
+    )
     bf16: bool = _key("model", False, "Base model in bfloat16; adapter weights and optimizer state stay fp32.")
     pure_bf16: bool = _key("model", False, "Adapter and optimizer state in bfloat16 too.")
     fp16: bool = _key(

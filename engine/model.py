@@ -16,6 +16,7 @@ from fuselora.engine.chat import Example
 from fuselora.engine.config import Config
 from fuselora.engine.errors import UserError, expected, first_line
 from fuselora.engine.kbit import keep_weights_in_place, misread_on_cpu
+from fuselora.engine.longlora import group_size, register
 from fuselora.engine.methods import prepare_method
 from fuselora.engine.rope_scaling import describe, follow_length, scale_rope
 
@@ -111,7 +112,9 @@ def load_base(base: str, config: Config, dtype: torch.dtype) -> PreTrainedModel:
             config=scaled_config(base, config),
             dtype=dtype,
             quantization_config=quantization,
-            attn_implementation=ATTENTION[config.flash_attn],
+            attn_implementation=register(group_size(config.cutoff_len))
+            if config.shift_attn
+            else ATTENTION[config.flash_attn],
             trust_remote_code=config.trust_remote_code,
             cache_dir=_hub_cache(config),
             **placed,

@@ -35,6 +35,7 @@ import torch
 
 from fuselora.engine.chat import IGNORE, Example, collate, epoch_order
 from fuselora.engine.config import Config
+from fuselora.engine.longlora import group_size
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ class Collator:
 
     @classmethod
     def of(cls, config: Config, pad_id: int, device: torch.device) -> Collator:
-        return cls(pad_id, device, config.padding_free)
+        multiple_of = group_size(config.cutoff_len) if config.shift_attn else 1
+        return cls(pad_id, device, config.padding_free, multiple_of)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         if self.padding_free:
