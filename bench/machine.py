@@ -66,13 +66,17 @@ def copy_bandwidth(watch: Stopwatch, size: int) -> float:
     return 2 * size / watch.seconds(lambda: target.copy_(source))
 
 
-def matmul_rate(watch: Stopwatch, n: int) -> float:
-    """FLOP/s of an n x n x n bf16 matrix product on random data (on zeros GPUs draw less power and run faster)."""
-    a, b = (torch.randn(n, n, device=watch.device).bfloat16() for _ in range(2))
+def matmul_rate(watch: Stopwatch, n: int, dtype: torch.dtype = torch.bfloat16) -> float:
+    """FLOP/s of an n x n x n matrix product on random data (on zeros GPUs draw less power and run faster)."""
+    a, b = (torch.randn(n, n, device=watch.device).to(dtype) for _ in range(2))
     return 2 * n**3 / watch.seconds(lambda: a @ b, budget=0.5)
 
 
 def limits(watch: Stopwatch, smoke: bool) -> dict[str, float]:
-    """Both figures, on sizes far above the caches (``smoke``: small ones that only show that it runs)."""
+    """All figures, on sizes far above the caches (``smoke``: small ones that only show that it runs)."""
     size, n = (1 << 22, 128) if smoke else (2 << 30, 8192) if watch.device.type == "cuda" else (256 << 20, 2048)
-    return {"copy_bytes_per_s": copy_bandwidth(watch, size), "matmul_flop_per_s": matmul_rate(watch, n)}
+    return {
+        "copy_bytes_per_s": copy_bandwidth(watch, size),
+        "matmul_flop_per_s": matmul_rate(watch, n),
+        "matmul_fp32_flop_per_s": matmul_rate(watch, n, torch.float32),
+    }

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import machine
 import memory
 import models
 import parity
@@ -195,6 +196,7 @@ def run(args: argparse.Namespace, family: str | None) -> dict[str, Any]:
     )
     names = [*args.baseline, args.candidate]
     record: dict[str, Any] = {"model": _describe(args, config, batch, seq)}
+    record["limits"] = machine.limits(machine.Stopwatch(torch.device(args.device)), smoke=args.preset == "tiny")
     gates = gate_sides(args, config, [args.candidate])
     if gates[0].ok and args.toggle:
         kinds = _candidate_kinds(args, config)

@@ -31,7 +31,7 @@ def test_smoke_run_on_cpu_records_every_stage(tmp_path):
     for name in ("first", "choices", "layer", "kernels"):
         record = json.loads((tmp_path / f"{name}.json").read_text())
         assert record["smoke"] and record["entries"] and not record["skipped"]
-        assert record["machine"].keys() == {"copy_bytes_per_s", "matmul_flop_per_s"}
+        assert record["machine"].keys() == {"copy_bytes_per_s", "matmul_flop_per_s", "matmul_fp32_flop_per_s"}
         assert not any("error" in entry for entry in record["entries"])
     names = {entry["name"].split()[1] for entry in record["entries"]}
     assert set(OPS) <= names, f"not measured: {set(OPS) - names}"

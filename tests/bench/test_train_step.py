@@ -11,7 +11,7 @@ import pytest
 import torch
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-SCRIPTS = ("memory", "models", "parity", "presets", "report", "timing", "train_step")
+SCRIPTS = ("machine", "memory", "models", "parity", "presets", "report", "timing", "train_step")
 QUICK = ["--preset", "tiny", "--rounds", "3", "--warmup", "1", "--baseline", "peft"]
 
 

@@ -6,7 +6,7 @@ them, which its IR tells. PyTorch operations inside a launcher (cuBLAS GEMMs) co
 
 import pytest
 import torch
-from tests.support.launches import Event, counting, distinct_bytes
+from launches import Event, counting, distinct_bytes
 from tests.support.recorded import META, MULTIPROCESSORS, triton_ops
 from tests.support.ttir import accesses
 

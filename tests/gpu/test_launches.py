@@ -1,15 +1,15 @@
 """Launch economy: how many kernels one decoder layer starts, stock and patched, forward and backward.
 
 The layer is Llama-3-8B's, in bf16 with PEFT's fp32 adapters of rank 16 on all seven linears, on the meta device; the
-counts are those of an H100. See tests/support/launches.py for what counts.
+counts are those of an H100. See bench/launches.py for what counts.
 """
 
 from collections import Counter
 
 import pytest
 import torch
+from launches import Event, count
 from peft import LoraConfig, get_peft_model
-from tests.support.launches import Event, count
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fuselora

@@ -2,7 +2,8 @@
 
 A fuselora op counts what its Triton implementation launches (recorded) and calls; where that refuses, what its
 reference calls. A PyTorch operation counts one, unless it allocates or makes a view. Attention counts one in either
-direction, as FlashAttention.
+direction, as FlashAttention. Beside launches stands the work: bytes and FLOPs, a fuselora op's by its own cost model, a
+PyTorch operation's by its operands and torch's FLOP formulas.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from fuselora.kernels.gpu.launch import Launch, record
 from fuselora.kernels.registry import OPS
@@ -40,6 +42,16 @@ class Event:
     bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one operation must move and compute, whatever it launches; ``dtype`` of its products."""
+
+    name: str
+    bytes: int
+    flops: int
+    dtype: torch.dtype
+
+
 def is_free(func: torch._ops.OpOverload) -> bool:
     """Whether an operation launches nothing: an allocation, or a view (its result aliases an argument unwritten)."""
     aliases = [r.alias_info for r in func._schema.returns]
@@ -56,7 +68,9 @@ class LaunchCounter(TorchDispatchMode):
 
     def __init__(self, launches: list[Launch], keep: bool) -> None:
         super().__init__()
-        self.launches, self.keep, self.events, self.op = launches, keep, [], ""
+        self.launches, self.keep, self.op = launches, keep, ""
+        self.events: list[Event] = []
+        self.work: list[Work] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -64,15 +78,19 @@ class LaunchCounter(TorchDispatchMode):
             return self.fused(func, args)
         result = func(*args, **kwargs)
         if not is_free(func):
-            self.events.append(
-                Event(self.op, str(func.name()).removeprefix("aten::"), None, _bytes(func, args, kwargs, result))
-            )
+            name, moved = str(func.name()).removeprefix("aten::"), _bytes(func, args, kwargs, result)
+            self.events.append(Event(self.op, name, None, moved))
+            if not self.op:
+                self.work.append(Work(name, moved, _flops(func, args, kwargs, result), _dtype(args)))
         return result
 
     def fused(self, func: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
         op = OPS[func._schema.name.partition("::")[2]]
         triton = op.impls.get("triton")
         run = triton.fn if triton and triton.supports(*args) is None else op.reference
+        if not self.op:
+            cost = op.cost(*args)
+            self.work.append(Work(op.name, cost.bytes, cost.flops, _dtype(args)))
         outer, self.op, before = self.op, self.op or op.name, len(self.launches)
         with self:
             result = run(*args)
@@ -96,6 +114,19 @@ def _bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     read = args[1:] if overwritten else args
     given = {name: value for name, value in kwargs.items() if name not in outputs}
     return sum(distinct_bytes(t) for t in tree_leaves((read, given, result)) if isinstance(t, Tensor))
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Of products; attention is causal here, which halves torch's count."""
+    formula = flop_registry.get(func.overloadpacket)
+    if formula is None:
+        return 0
+    count = formula(*args, **kwargs, out_val=result)
+    return count // 2 if "attention" in str(func) else count
+
+
+def _dtype(args: tuple[Any, ...]) -> torch.dtype:
+    return next((t.dtype for t in tree_leaves(args) if isinstance(t, Tensor) and t.is_floating_point()), torch.float32)
 
 
 class _FlashAttention(TorchFunctionMode):
