@@ -32,7 +32,7 @@ from .lora_linear import (
     unflatten,
     unrows,
 )
-from .mlp_block import UntilH, down_product, gradients, tiled_gradients, tiled_output, until_h
+from .mlp_block import UntilH, down_product, gradients, tiled_gradients, tiled_output, tiles, until_h
 from .registry import Sample, function
 from .saving import kept_input, mlp_recomputes, normed_input, restored_input, saving_is_free
 
@@ -126,11 +126,20 @@ def _apply(x: Tensor, inputs: list[Projection], down: Projection, act: str) -> T
     check_projection("lora_mlp", "down", x.new_empty(0, width), down)
     checks.check_choice("lora_mlp", "act", act, glu.ACTIVATIONS)
     tensors, static = flatten([prepare(p, x) for p in (*inputs, down)])
-    recompute = not torch.compiler.is_compiling() and mlp_recomputes()
-    late: list | None = [] if recompute or (not torch.compiler.is_compiling() and saving_is_free()) else None
+    free, recompute = _saving(x, width)
     block = _RecomputedMLP if recompute else _LoRAMLP
+    late: list | None = [] if free or recompute else None
     y = block.apply(x, act, compute_dtype(x), static, normed_input(x), late, *tensors)
     return y if late is None else _Output.apply(y, late.pop())
+
+
+def _saving(x: Tensor, width: int) -> tuple[bool, bool]:
+    """(whether what the block saves is dropped and computed again, whether it should keep X only). Inside a layer that
+    is computed again anyway, keeping only X pays from the second tile on."""
+    if torch.compiler.is_compiling():
+        return False, False
+    free = saving_is_free()
+    return free, mlp_recomputes() and (not free or len(tiles(x.shape[:-1].numel(), width)) > 1)
 
 
 def lora_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection, act: str = "silu") -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from fuselora.engine.patch.checkpointing import clear_checkpointing
 from fuselora.engine.patch.families import FAMILIES
 from fuselora.engine.patch.loss import FusedCausalLM, FusedHead
 from fuselora.engine.patch.report import PatchReport, Row, build_report, unswappable_reason
@@ -65,6 +66,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     """
     _check_model("unpatch_model", model)
     with LOCK:
+        clear_checkpointing(model)
         for module in model.modules():
             if is_fused(module):
                 restore(module)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fuselora.engine.patch.blocks import dora_dtype_reason, run_dora, run_linears, run_mlp
+from fuselora.engine.patch.checkpointing import rerun_in_backward
 from fuselora.engine.patch.quantized import base_in_compute_dtype, is_4bit
 from fuselora.engine.patch.state import (
     active_adapters,
@@ -218,11 +220,14 @@ class FusedGatedMLP(Fused):
         act = activation_name(self.fuse_activation())
         if isinstance(projections, str) or act is None or args or kwargs:
             decline(self, projections if isinstance(projections, str) else "extra arguments or an unknown activation")
-            return super().forward(x, *args, **kwargs)
+            return rerun_in_backward(partial(super().forward, **kwargs), x, *args)
         if projections is None:
-            *inputs, down = self.fuse_linears()
-            return down((glu if len(inputs) == 2 else glu_packed)(*(linear(x) for linear in inputs), act))
+            return rerun_in_backward(self.fuse_linear_by_linear, x, act)
         return run_mlp(self, x, self.fuse_linears(), projections, act)
+
+    def fuse_linear_by_linear(self: Any, x: Tensor, act: str) -> Tensor:
+        *inputs, down = self.fuse_linears()
+        return down((glu if len(inputs) == 2 else glu_packed)(*(linear(x) for linear in inputs), act))
 
 
 class FusedPackedMLP(FusedGatedMLP):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fuselora.engine.load_4bit import load_4bit
     from fuselora.engine.merge import Merged, merge_4bit
     from fuselora.engine.patch import PatchReport, patch_model, patch_report, unpatch_model
+    from fuselora.engine.patch.checkpointing import set_checkpointing
     from fuselora.engine.verify import verify
     from fuselora.environment import env
 
@@ -33,6 +34,7 @@ _HOMES = {
     "patch_model": "fuselora.engine.patch",
     "patch_report": "fuselora.engine.patch",
     "prepare_kbit": "fuselora.engine.kbit",
+    "set_checkpointing": "fuselora.engine.patch.checkpointing",
     "unpatch_model": "fuselora.engine.patch",
     "verify": "fuselora.engine.verify",
     "env": "fuselora.environment",
@@ -50,6 +52,7 @@ __all__ = [
     "patch_model",
     "patch_report",
     "prepare_kbit",
+    "set_checkpointing",
     "unpatch_model",
     "verify",
 ]

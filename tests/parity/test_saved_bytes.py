@@ -27,6 +27,7 @@ def model(family: str, layers: int, *, patched: bool, lora: dict[str, Any] | Non
     made = lora_model(
         family, torch.bfloat16, num_hidden_layers=layers, lora={"r": RANK, **(lora or {})}, **SHAPE, **window
     )
+    made.config.use_cache = False  # training has no use for it, and it copies keys and values
     return fuselora.patch_model(made, strict=True) if patched else made
 
 
