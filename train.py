@@ -12,10 +12,9 @@ import sys
 import torch
 
 from fuselora.engine import distributed, metrics, output
-from fuselora.engine.chat import describe, encode_all
 from fuselora.engine.config import Config, read_config
 from fuselora.engine.config_docs import config_help
-from fuselora.engine.data import load_splits
+from fuselora.engine.data import check_sources, first_example, load_data
 from fuselora.engine.errors import UserError, run_command
 from fuselora.engine.methods import trainable_summary
 from fuselora.engine.model import build_model, check_vocabulary, load_tokenizer, quiet_libraries, resolve_base
@@ -33,15 +32,14 @@ def train(config: Config) -> int:
         print(f"trust_remote_code: true: Python code that comes with {config.model_name_or_path} is run")
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
-    train_rows, held_out_rows = load_splits(config)
+    check_sources(config)
     base = resolve_base(config)
     tokenizer = load_tokenizer(base, config)
-    train_set = encode_all(train_rows, tokenizer, config)
-    held_out = encode_all(held_out_rows, tokenizer, config)
-    print(f"training: {describe(train_set, len(train_rows))}\nheld out: {describe(held_out, len(held_out_rows))}")
+    data = load_data(config, tokenizer)
+    print(data.report, first_example(data.train, tokenizer), sep="\n")
 
     model = build_model(base, config)
-    check_vocabulary(model, [*train_set, *held_out])
+    check_vocabulary(model, data.largest)
     print(trainable_summary(model))
     if config.fuse:
         try:
@@ -50,7 +48,7 @@ def train(config: Config) -> int:
             raise UserError(str(error)) from error
         print(patch_report(model))
 
-    trainer = Trainer(model, train_set, held_out, config, pad_id=tokenizer.pad_token_id, world=world)
+    trainer = Trainer(model, data.train, data.held_out, config, pad_id=tokenizer.pad_token_id, world=world)
     if not config.do_train:
         print(f"held-out loss {trainer.evaluate()['eval_loss']:.4f}")
         return 0
@@ -64,9 +62,8 @@ def train(config: Config) -> int:
     tokenizer.save_pretrained(folder)
     if config.plot_loss:
         metrics.plot_loss(trainer.log.records, folder / metrics.CURVE_FILE)
-    if output.wants_check(config, model):
-        rows = held_out_rows or train_rows
-        print(output.check_result(config, base, tokenizer, rows[len(rows) // 2]))
+    if data.shown and output.wants_check(config, model):
+        print(output.check_result(config, base, tokenizer, data.shown))
     print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}")
     return 0
 

@@ -1,14 +1,8 @@
-"""Conversations to token ids with the answers marked, and batches of them.
+"""Samples to token ids with the answers marked, and batches of them.
 
-The tokenizer's own chat template is the only source of the format. Which tokens are answers follows from the template:
-
-    with {% generation %} marks     the template says so
-    without                         turn i is  ids(messages[:i+1]) minus ids(messages[:i] + generation prompt)
-
-The second rule is valid only if each shorter text is a token-exact prefix of the longer one; that is checked for every
-turn, because a template that rewrites earlier turns (dropping their reasoning, say) would train on wrong tokens.
-
+The tokenizer's own chat template is the only source of the format; answer_spans.py says which tokens are answers.
 Labels are the input ids where trained and -100 elsewhere. The model shifts them, so the first token's label is unused.
+Sequences longer than ``cutoff_len`` are cut at the end; plain text is divided into pieces of that length instead.
 """
 
 from __future__ import annotations
@@ -17,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import jinja2
 import torch
 
+from fuselora.engine.answer_spans import Renderer, answer_tokens
 from fuselora.engine.config import Config
-from fuselora.engine.data import Conversation
-from fuselora.engine.errors import UserError, expected, first_line
+from fuselora.engine.data_formats import Conversation, Dialogue, Document, Feedback, Preference, Sample, Tools
+from fuselora.engine.errors import expected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +37,41 @@ class Example:
         return sum(label != IGNORE for label in self.labels[1:])
 
 
+@dataclass(frozen=True)
+class PreferenceExample:
+    """The same prompt with the better and with the worse answer."""
+
+    chosen: Example
+    rejected: Example
+
+
+@dataclass(frozen=True)
+class FeedbackExample:
+    """A conversation and whether its last answer is desirable."""
+
+    example: Example
+    desirable: bool
+
+
+AnyExample = Example | PreferenceExample | FeedbackExample
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What decides the tokens of a sample, the tokenizer aside."""
+
+    cutoff_len: int
+    train_on_prompt: bool = False
+    mask_history: bool = False
+    enable_thinking: bool | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> Encoding:
+        # Preferences and feedback judge the last answer, whatever stands before it.
+        last_only = config.mask_history or config.stage in ("rm", "dpo", "kto")
+        return cls(config.cutoff_len, config.train_on_prompt, last_only, config.enable_thinking)
+
+
 def encode(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
@@ -50,40 +79,82 @@ def encode(
     cutoff_len: int,
     train_on_prompt: bool = False,
     mask_history: bool = False,
+    tools: Tools | None = None,
+    enable_thinking: bool | None = None,
 ) -> Example:
     """Token ids of a conversation, answers labelled, cut at ``cutoff_len``."""
-    ids = _ids(tokenizer, conversation)
+    settings = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    renderer = Renderer(tokenizer, tools, settings)
     if train_on_prompt:
+        ids = renderer.ids(conversation)
         trained = [True] * len(ids)
     else:
-        spans = _answer_spans(conversation, tokenizer, ids, last_only=mask_history)
-        trained = [False] * len(ids)
-        for start, end in spans:
-            trained[start:end] = [True] * (end - start)
+        ids, trained = answer_tokens(conversation, renderer, last_only=mask_history)
     labels = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
     return Example(ids[:cutoff_len], labels[:cutoff_len])
+
+
+def encode_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[AnyExample]:
+    """What a sample trains on: one example, or the pieces of a document."""
+
+    def encoded(messages: Conversation, tools: Tools | None) -> Example:
+        return encode(
+            messages,
+            tokenizer,
+            cutoff_len=encoding.cutoff_len,
+            train_on_prompt=encoding.train_on_prompt,
+            mask_history=encoding.mask_history,
+            tools=tools,
+            enable_thinking=encoding.enable_thinking,
+        )
+
+    if isinstance(sample, Document):
+        return list(_pieces(sample, tokenizer, encoding.cutoff_len))
+    if isinstance(sample, Preference):
+        answers = (encoded([*sample.prompt, answer], sample.tools) for answer in (sample.chosen, sample.rejected))
+        return [PreferenceExample(*answers)]
+    example = encoded(sample.messages, sample.tools)
+    return [FeedbackExample(example, sample.desirable) if isinstance(sample, Feedback) else example]
+
+
+def _pieces(document: Document, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Example]:
+    """All of a document with the end token, every token trained; nothing is cut off."""
+    ids = list(tokenizer(document.text, verbose=False)["input_ids"])
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    for start in range(0, len(ids), length):
+        yield Example(ids[start : start + length], ids[start : start + length])
+
+
+def sequences(example: AnyExample) -> tuple[Example, ...]:
+    """The token sequences of an example of any kind."""
+    if isinstance(example, PreferenceExample):
+        return example.chosen, example.rejected
+    return (example.example,) if isinstance(example, FeedbackExample) else (example,)
+
+
+def is_trained(example: AnyExample) -> bool:
+    """Whether every sequence has a trained token within ``cutoff_len``."""
+    return all(sequence.trained for sequence in sequences(example))
 
 
 def encode_all(
     conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> list[Example]:
     """Examples in order; those whose answers lie wholly beyond ``cutoff_len`` are left out."""
-    if not tokenizer.chat_template:
-        raise expected("tokenizer", "one with a chat template", "none", "set template: to a file with a Jinja template")
-    examples = [
-        encode(
-            conversation,
-            tokenizer,
-            cutoff_len=config.cutoff_len,
-            train_on_prompt=config.train_on_prompt,
-            mask_history=config.mask_history,
-        )
-        for conversation in conversations
-    ]
-    kept = [example for example in examples if example.trained]
+    check_template(tokenizer)
+    encoding = Encoding.of(config)
+    examples = [example for c in conversations for example in encode_sample(Dialogue(c), tokenizer, encoding)]
+    kept = [example for example in examples if isinstance(example, Example) and example.trained]
     if examples and not kept:
         raise expected("cutoff_len", "one that leaves trained tokens", config.cutoff_len, "raise it")
     return kept
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        remedy = "set template: to a known name such as chatml, or to a file with a Jinja template"
+        raise expected("tokenizer", "one with a chat template", "none", remedy)
 
 
 def describe(examples: Sequence[Example], rows: int) -> str:
@@ -96,54 +167,7 @@ def describe(examples: Sequence[Example], rows: int) -> str:
 
 def prompt_ids(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The conversation up to its last answer, ready for generation."""
-    return _ids(tokenizer, conversation[:-1], add_generation_prompt=True)
-
-
-def _ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Conversation, *, add_generation_prompt: bool = False
-) -> list[int]:
-    try:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
-        )
-    except jinja2.TemplateError as error:  # templates refuse roles they don't know by raising
-        raise UserError(
-            f"chat template: expected to accept the roles {', '.join(m['role'] for m in messages)}, "
-            f"got {first_line(error)!r}; change the rows or set template: to another file"
-        ) from error
-    return list(encoded["input_ids"])
-
-
-def _answer_spans(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, ids: list[int], *, last_only: bool
-) -> list[tuple[int, int]]:
-    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-        spans = _marked_spans(conversation, tokenizer)
-    else:
-        answers = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
-        spans = [_span(conversation, tokenizer, ids, i) for i in (answers[-1:] if last_only else answers)]
-    return spans[-1:] if last_only else spans
-
-
-def _marked_spans(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
-    mask = tokenizer.apply_chat_template(
-        conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )["assistant_masks"]
-    edges = [i for i in range(len(mask) + 1) if (i > 0 and mask[i - 1] == 1) != (i < len(mask) and mask[i] == 1)]
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _span(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, ids: list[int], i: int) -> tuple[int, int]:
-    prompt = _ids(tokenizer, conversation[:i], add_generation_prompt=True)
-    through = ids if i + 1 == len(conversation) else _ids(tokenizer, conversation[: i + 1])
-    for prefix in (prompt, through):
-        if ids[: len(prefix)] != prefix:
-            raise UserError(
-                f"chat template: expected the tokens before and through answer {i} to be a prefix of the conversation, "
-                "got a template that changes earlier turns; set mask_history: true, or template: to a file that marks "
-                "answers with {% generation %}"
-            )
-    return len(prompt), len(through)
+    return Renderer(tokenizer).ids(conversation[:-1], prompt=True)
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> list[int]:

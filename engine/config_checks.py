@@ -59,11 +59,11 @@ def _check_ranges(config: Config) -> None:
     at_least_one = (
         "lora_rank lora_alpha per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
         "cpu_threads logging_steps save_steps save_total_limit eval_steps max_samples max_new_tokens "
-        "early_stopping_steps ddp_timeout"
+        "early_stopping_steps ddp_timeout preprocessing_num_workers buffer_size"
     )
     ranges = dict.fromkeys(at_least_one.split(), (1, float("inf")))
     ranges |= dict.fromkeys(
-        ["adam_beta1", "adam_beta2", "lora_dropout", "warmup_ratio", "label_smoothing_factor"], (0, 1)
+        ["adam_beta1", "adam_beta2", "lora_dropout", "warmup_ratio", "label_smoothing_factor", "bad_row_limit"], (0, 1)
     )
     ranges |= dict.fromkeys(
         "learning_rate num_train_epochs weight_decay max_grad_norm val_size warmup_steps seed data_seed "
@@ -123,6 +123,7 @@ def _check_combinations(config: Config) -> None:
         raise expected("mask_history", "false with train_on_prompt", "both true", "drop one of them")
     if config.eval_dataset and config.val_size > 0:
         raise expected("val_size", "0 when eval_dataset names held-out data", config.val_size, "drop one of them")
+    _check_data(config)
     if config.bf16 + config.pure_bf16 + config.fp16 > 1:
         raise expected("bf16", "only one of bf16, pure_bf16 and fp16", "several", "drop all but one")
     if config.cuda_graphs and (config.packed or config.padding_free):
@@ -138,6 +139,21 @@ def _check_combinations(config: Config) -> None:
             "eval_strategy", "no without held-out data", config.eval_strategy, "set eval_dataset or val_size"
         )
     _check_best(config)
+
+
+def _check_data(config: Config) -> None:
+    probabilities = config.interleave_probs
+    if probabilities and (config.mix_strategy == "concat" or len(probabilities) != len(config.dataset)):
+        want = f"one for each of {len(config.dataset)} sets, and a mix_strategy that interleaves"
+        raise expected("interleave_probs", want, as_yaml(probabilities), "correct or drop it")
+    if probabilities and (min(probabilities) <= 0 or abs(sum(probabilities) - 1) > 1e-6):
+        raise expected("interleave_probs", "positive numbers that add up to 1", as_yaml(probabilities), "correct them")
+    if config.streaming and (config.max_steps <= 0 or 0 < config.val_size < 1):
+        key = "val_size" if config.max_steps > 0 else "max_steps"
+        want = "a whole number of rows" if key == "val_size" else "a number of steps"
+        raise expected(key, f"{want} with streaming, as a stream has no length", getattr(config, key), "set it")
+    if config.streaming and config.packed:
+        raise expected("streaming", "false with packing, which orders a whole epoch", "true", "drop one of them")
 
 
 def _check_best(config: Config) -> None:

@@ -31,8 +31,8 @@ TRANSLATED: dict[str, tuple[str, dict[Any, Any] | None]] = {
 
 HARMLESS: dict[str, str] = {
     "reading and tokenising go about it in their own way": (
-        "preprocessing_num_workers overwrite_cache preprocessing_batch_size data_shared_file_system "
-        "use_fast_tokenizer ignore_pad_token_for_loss tool_format remove_unused_columns length_column_name label_names "
+        "preprocessing_batch_size data_shared_file_system use_fast_tokenizer ignore_pad_token_for_loss "
+        "tool_format remove_unused_columns length_column_name label_names "
         "split_batches"
     ),
     "the batches are made in the training process": (

@@ -136,14 +136,44 @@ class DataKeys:
     dataset: tuple[str, ...] = _key(
         "data", (), "Names in dataset_info.json, comma-separated; `quickstart`: the built-in pairs."
     )
-    dataset_dir: str = _key("data", "data", "Folder with dataset_info.json.")
+    dataset_dir: str = _key(
+        "data",
+        "data",
+        "Folder with dataset_info.json; REMOTE:name: a data repository with it; ONLINE: `dataset` names hub ids.",
+    )
     eval_dataset: tuple[str, ...] = _key("data", (), "Held-out sets; `quickstart`: the built-in held-out pairs.")
     val_size: float = _key("data", 0.0, "Held-out share (below 1) or number of rows taken from `dataset`.")
     max_samples: int | None = _key("data", None, "Use at most this many rows of each set.")
-    template: str | None = _key(
-        "data", None, "File with a Jinja chat template; unset or a bare name: the tokenizer's own."
+    mix_strategy: str = _key(
+        "data",
+        "concat",
+        "Several sets one after the other, or rows in turn until the first set (under), or every set (over: shorter "
+        "ones begin again; once: none does) is used up.",
+        ("concat", "interleave_under", "interleave_over", "interleave_once"),
     )
-    cutoff_len: int = _key("data", 2048, "Longest sequence in tokens; longer ones are cut at the end.")
+    interleave_probs: tuple[float, ...] = _key(
+        "data", (), "Probability of each set when interleaving, comma-separated; unset: they take turns."
+    )
+    template: str | None = _key(
+        "data",
+        None,
+        "File with a Jinja chat template, or a name: alpaca, chatml, default and vicuna are formats of their own; of a "
+        "model family, the tokenizer's own template is used and ours only if it has none.",
+    )
+    default_system: str | None = _key("data", None, "System message of conversations that have none.")
+    enable_thinking: bool | None = _key("data", None, "Passed to the chat templates of reasoning models; unset: not.")
+    cutoff_len: int = _key(
+        "data", 2048, "Longest sequence in tokens; longer ones are cut at the end, plain text is divided."
+    )
+    on_bad_row: str = _key("data", "error", "A row that can't be read: stop, or count and skip it.", ("error", "skip"))
+    bad_row_limit: float = _key("data", 0.01, "Largest share of rows that may be skipped.")
+    preprocessing_num_workers: int | None = _key("data", None, "Processes that tokenise; unset: this one.")
+    tokenized_path: str | None = _key(
+        "data", None, "Folder of tokenised sets, reused while nothing they depend on changes; unset: the user's cache."
+    )
+    overwrite_cache: bool = _key("data", False, "Tokenise again although a tokenised set is there.")
+    streaming: bool = _key("data", False, "Read and tokenise while training, without a cache; needs max_steps.")
+    buffer_size: int = _key("data", 16384, "Rows that a stream shuffles at a time.")
     packing: bool = _key(
         "data",
         False,

@@ -38,9 +38,20 @@ def coerce(f: Field[Any], hint: Any, value: Any) -> Any:
             return mapping
         if typing.get_origin(kind) is tuple:
             parts = value.split(",") if isinstance(value, str) else value
+            if typing.get_args(kind)[0] is float:
+                if (numbers := _numbers(parts)) is not None:
+                    return numbers
+                continue
             if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
                 return tuple(part.strip() for part in parts if part.strip())
     raise expected(f.name, type_words(hint), f"{value!r} ({type(value).__name__})", "correct the value")
+
+
+def _numbers(parts: Any) -> tuple[float, ...] | None:
+    try:
+        return tuple(map(float, [parts] if isinstance(parts, (int, float)) else parts))
+    except (TypeError, ValueError):
+        return None
 
 
 def _mapping(value: Any) -> dict[str, Any] | None:
@@ -58,14 +69,15 @@ def type_words(hint: Any) -> str:
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     names = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
     kinds = typing.get_args(hint) if union else (hint,)
-    rest = {dict: "a mapping", tuple: "a name or a list of names"}
+    number = tuple in map(typing.get_origin, kinds) and typing.get_args(kinds[0])[0] is float
+    rest = {dict: "a mapping", tuple: "a list of numbers" if number else "a name or a list of names"}
     return " or ".join(names.get(kind) or rest[typing.get_origin(kind)] for kind in kinds)
 
 
 def as_yaml(value: Any) -> str:
     """A value as one writes it in YAML."""
     if isinstance(value, tuple):
-        return ",".join(value) or "null"
+        return ",".join(map(str, value)) or "null"
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -16,7 +16,9 @@ from fuselora.engine.config import Config
 def run_identity(model: nn.Module, train: Iterable[Example], config: Config, batch: int) -> dict[str, Any]:
     """Data, geometry, optimizer, adapter and base by name; ``batch`` counts sequences per optimizer step."""
     data = hashlib.sha256()
-    if hasattr(train, "__len__"):  # a stream would be used up
+    if hasattr(train, "fingerprint"):
+        data.update(train.fingerprint.encode())
+    elif hasattr(train, "__len__"):  # a stream would be used up
         for example in train:
             data.update(repr((example.input_ids, example.labels)).encode())
     weights = hashlib.sha256()

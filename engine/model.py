@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fuselora.engine import quickstart
-from fuselora.engine.chat import Example
+from fuselora.engine.chat_templates import set_template
 from fuselora.engine.config import Config
 from fuselora.engine.errors import UserError, expected, first_line
 from fuselora.engine.kbit import keep_weights_in_place, misread_on_cpu
@@ -85,20 +84,8 @@ def load_tokenizer(base: str, config: Config) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         raise expected("tokenizer", "a padding or end token", "neither", "set pad_token in tokenizer_config.json")
     if config.template is not None:
-        _set_template(tokenizer, config.template)
+        print(set_template(tokenizer, config.template))
     return tokenizer
-
-
-def _set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    path = Path(template).expanduser()
-    if path.is_file():
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
-    elif path.suffix or len(path.parts) > 1:
-        raise expected(
-            "template", "a file with a Jinja chat template", f"{template!r}, which is not a file", "check the path"
-        )
-    else:
-        print(f"note: template: {template} is not a file; the tokenizer's own chat template is used")
 
 
 def load_base(base: str, config: Config, dtype: torch.dtype) -> PreTrainedModel:
@@ -197,10 +184,9 @@ def _check_readable(model: PreTrainedModel, config: Config) -> None:
         )
 
 
-def check_vocabulary(model: Any, examples: Sequence[Example]) -> None:
-    """Raise UserError if a token or label has no row in the model's embeddings."""
+def check_vocabulary(model: Any, largest: int) -> None:
+    """Raise UserError if the ``largest`` token of the data has no row in the model's embeddings."""
     rows = model.get_input_embeddings().weight.shape[0]
-    largest = max((max(example.input_ids, default=0) for example in examples), default=0)
     if largest >= rows:
         what = f"a tokenizer whose ids are below the model's {rows} embeddings"
         raise expected("model_name_or_path", what, f"token {largest}", "use the tokenizer that belongs to the model")

@@ -27,15 +27,14 @@ def _verify(arguments: list[str]) -> int:
     """Exit code 1 if the patched model isn't as close to the fp64 truth as the stock one."""
     import torch
 
-    from fuselora.engine.chat import collate, encode_all
+    from fuselora.engine.chat import collate
     from fuselora.engine.config import load_config
-    from fuselora.engine.data import load_splits
+    from fuselora.engine.data import load_data
     from fuselora.engine.model import build_model, load_tokenizer, resolve_base
     from fuselora.engine.patch import patch_model
     from fuselora.engine.verify import verify
 
     config = load_config(arguments)
-    rows = load_splits(config)[0][: config.per_device_train_batch_size]
     base = resolve_base(config)
     tokenizer = load_tokenizer(base, config)
     model = build_model(base, config)
@@ -43,7 +42,8 @@ def _verify(arguments: list[str]) -> int:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # zero at the start of training, which would make every gradient of A zero
                 parameter.normal_(std=0.02)
-    batch = collate(encode_all(rows, tokenizer, config), tokenizer.pad_token_id)
+    examples = load_data(config, tokenizer).train[: config.per_device_train_batch_size]
+    batch = collate(examples, tokenizer.pad_token_id)
     device = next(model.parameters()).device
     result = verify(patch_model(model), {name: tensor.to(device) for name, tensor in batch.items()})
     print(result)

@@ -67,6 +67,7 @@ def make_config(tiny_base, dataset_dir, tmp_path):
             "dataset": "rows",
             "dataset_dir": str(dataset_dir),
             "output_dir": str(tmp_path / "out"),
+            "tokenized_path": str(tmp_path / "tokens"),
             "fuse": False,
             "use_cpu": True,
             "lora_rank": 4,

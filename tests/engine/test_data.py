@@ -1,13 +1,18 @@
-"""Rows to conversations to labelled tokens. The two ways to find answers must agree; errors name file and line."""
+"""dataset_info.json, files of every kind, and rows of every format; errors name file and line."""
 
+import gzip
 import json
 
 import pytest
 
-from fuselora.engine import chat
-from fuselora.engine.data import dataset_info, load_conversations, load_splits, read_dataset, read_rows
+from fuselora.engine.data import load_splits
+from fuselora.engine.data_formats import Dialogue, Document, Feedback, Preference, check_stage
+from fuselora.engine.data_info import dataset_info
+from fuselora.engine.data_rows import BadRow, read_rows
+from fuselora.engine.data_source import Source
 from fuselora.engine.errors import UserError
 
+SHARED = {"messages": "conversations", "system": "system"}
 MULTI = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Join 1"},
@@ -15,29 +20,36 @@ MULTI = [
     {"role": "user", "content": "Join 2"},
     {"role": "assistant", "content": "path two"},
 ]
-PLAIN = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 
 
 @pytest.fixture
 def make_set(tmp_path):
-    def make(content, *, suffix="json", **entry):
+    """A set of one file; the result reads its samples and raises the first bad row."""
+
+    def make(content, *, suffix="json", stage="sft", system=None, **entry):
         (tmp_path / f"d.{suffix}").write_bytes(content if isinstance(content, bytes) else content.encode())
         (tmp_path / "dataset_info.json").write_text(json.dumps({"d": {"file_name": f"d.{suffix}"} | entry}))
-        return lambda: list(read_dataset(dataset_info("d", tmp_path)))
+
+        def read():
+            samples = [sample for _, sample in Source.of("d", str(tmp_path), stage).samples(stage, system)]
+            for sample in samples:
+                if isinstance(sample, BadRow):
+                    raise sample
+            return samples
+
+        return read
 
     return make
 
 
-def roles_and_text(conversation):
-    return [(m["role"], m["content"]) for m in conversation]
+def roles_and_text(sample):
+    return [(m["role"], m["content"]) for m in sample.messages]
 
 
 def test_alpaca(make_set):
     row = {"instruction": "I", "input": "in", "output": "O", "system": "S", "history": [["q", "a"]]}
-    (got,) = make_set(json.dumps([row]))()
+    names = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
+    (got,) = make_set(json.dumps([row]), columns=names)()
     assert roles_and_text(got) == [
         ("system", "S"),
         ("user", "q"),
@@ -45,6 +57,12 @@ def test_alpaca(make_set):
         ("user", "I\nin"),
         ("assistant", "O"),
     ]
+
+
+def test_without_a_columns_block_there_is_neither_system_nor_history(make_set):
+    row = {"instruction": "I", "output": "O", "system": "ignored", "history": [["ignored", "too"]]}
+    assert roles_and_text(make_set(json.dumps([row]))()[0]) == [("user", "I"), ("assistant", "O")]
+    assert roles_and_text(make_set(json.dumps([row]), system="S")()[0])[0] == ("system", "S")
 
 
 def test_columns_block_replaces_the_default_names(make_set):
@@ -55,10 +73,12 @@ def test_columns_block_replaces_the_default_names(make_set):
 
 def test_sharegpt_and_openai(make_set):
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    (got,) = make_set(json.dumps({"conversations": turns, "system": "S"}), suffix="jsonl", formatting="sharegpt")()
+    (got,) = make_set(
+        json.dumps({"conversations": turns, "system": "S"}), suffix="jsonl", formatting="sharegpt", columns=SHARED
+    )()
     assert roles_and_text(got) == [("system", "S"), ("user", "q"), ("assistant", "a")]
     (got,) = make_set(json.dumps({"messages": MULTI}), suffix="jsonl", formatting="openai")()
-    assert got == MULTI
+    assert got == Dialogue(MULTI)
 
 
 def test_tags(make_set):
@@ -67,6 +87,97 @@ def test_tags(make_set):
     entry = {"formatting": "sharegpt", "columns": {"messages": "talk"}, "tags": tags}
     (got,) = make_set(json.dumps([{"talk": turns}]), **entry)()
     assert roles_and_text(got) == [("user", "q"), ("assistant", "a")]
+
+
+TOOL = {"name": "add", "parameters": {"type": "object"}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def test_tool_calls(make_set):
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "two"},
+    ]
+    row = {"conversations": turns, "tools": json.dumps([TOOL])}
+    columns = {"messages": "conversations", "tools": "tools"}
+    (got,) = make_set(json.dumps([row]), formatting="sharegpt", columns=columns)()
+    assert got.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert roles_and_text(got)[2:] == [("tool", "2"), ("assistant", "two")]
+    assert got.tools == [{"type": "function", "function": TOOL}]
+
+
+def test_openai_tool_calls_with_two_results(make_set):
+    call = {"id": "x", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "q"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "tool", "content": "2"},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "two"},
+    ]
+    (got,) = make_set(json.dumps({"messages": messages}), suffix="jsonl", formatting="openai")()
+    assert got.messages[1]["tool_calls"] == [CALL, CALL]
+    assert [m["role"] for m in got.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+
+
+def test_preference(make_set):
+    row = {"instruction": "I", "input": "in", "better": "B", "worse": "W"}
+    columns = {"prompt": "instruction", "query": "input", "chosen": "better", "rejected": "worse"}
+    (got,) = make_set(json.dumps([row]), stage="dpo", ranking=True, columns=columns)()
+    answers = [{"role": "assistant", "content": text} for text in "BW"]
+    assert got == Preference([{"role": "user", "content": "I\nin"}], *answers)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_preference_of_messages(make_set, as_list):
+    answers = [{"from": "gpt", "value": text} for text in "BW"]
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "r"}]
+    row = dict(zip(("chosen", "rejected"), [[a] for a in answers] if as_list else answers, strict=True))
+    columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
+    entry = {"formatting": "sharegpt", "ranking": True, "columns": columns}
+    (got,) = make_set(json.dumps([{"conversations": turns} | row]), stage="rm", **entry)()
+    assert [m["role"] for m in got.prompt] == ["user", "assistant", "user"]
+    assert (got.chosen["content"], got.rejected["content"]) == ("B", "W")
+
+
+def test_feedback(make_set):
+    rows = [{"instruction": "I", "output": "O", "label": label} for label in (True, False)]
+    columns = {"prompt": "instruction", "response": "output", "kto_tag": "label"}
+    got = make_set(json.dumps(rows), stage="kto", columns=columns)()
+    assert [sample.desirable for sample in got] == [True, False] and isinstance(got[0], Feedback)
+
+
+@pytest.mark.parametrize(("suffix", "content"), [("txt", "one\n\ntwo\n"), ("csv", 'text\none\n"two"\n')])
+def test_plain_text(make_set, suffix, content):
+    got = make_set(content, suffix=suffix, stage="pt", columns={"prompt": "text"})()
+    assert got == [Document("one"), Document("two")]
+
+
+def test_pictures_are_refused_where_a_row_has_one(make_set):
+    rows = [{"instruction": "I", "output": "O", "pics": pics} for pics in ([], ["a.png"])]
+    columns = {"prompt": "instruction", "response": "output", "images": "pics"}
+    assert len(make_set(json.dumps(rows[:1]), columns=columns)()) == 1
+    with pytest.raises(UserError, match=r"d\.json:1: .*images") as caught:
+        make_set(json.dumps(rows), columns=columns)()
+    assert not isinstance(caught.value, BadRow)  # on_bad_row: skip doesn't hide it
+
+
+@pytest.mark.parametrize(
+    ("stage", "entry", "words"),
+    [
+        ("dpo", {}, "ranking: true"),
+        ("sft", {"ranking": True}, "no ranking"),
+        ("kto", {}, "kto_tag"),
+        ("pt", {"formatting": "sharegpt"}, "alpaca"),
+    ],
+)
+def test_set_of_another_stage(tmp_path, stage, entry, words):
+    (tmp_path / "d.json").write_text("[]")
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"d": {"file_name": "d.json"} | entry}))
+    with pytest.raises(UserError, match=f"dataset d: .*{words}"):
+        check_stage(dataset_info("d", tmp_path), stage)
 
 
 GOOD = '{"instruction": "I", "output": "O"}'
@@ -89,11 +200,18 @@ GOOD = '{"instruction": "I", "output": "O"}'
         ('{"messages": []}', "jsonl", {"formatting": "openai"}, ["d.jsonl:1:", "'messages'"]),
         ('{"conversations": 3}', "jsonl", {"formatting": "openai"}, ["d.jsonl:1:", "only 'conversations'"]),
         (
-            '{"messages": [{"role": "tool", "content": "x"}]}',
+            '{"messages": [{"role": "wizard", "content": "x"}]}',
             "jsonl",
             {"formatting": "openai"},
-            ["d.jsonl:1:", "'role'", "'tool'"],
+            ["d.jsonl:1:", "'role'", "'wizard'"],
         ),
+        (
+            '{"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "x"}]}',
+            "jsonl",
+            {"formatting": "openai"},
+            ["d.jsonl:1:", "in turn", "got tool, assistant"],
+        ),
+        ('{"messages": [null]}', "jsonl", {"formatting": "openai"}, ["d.jsonl:1:", "a message", "None"]),
         (
             '{"messages": [{"role": "user", "content": null}]}',
             "jsonl",
@@ -106,7 +224,17 @@ GOOD = '{"instruction": "I", "output": "O"}'
             {"formatting": "openai"},
             ["d.jsonl:1:", "ending with assistant", "got user"],
         ),
-        ('{"instruction": "I", "output": "O", "history": [["a"]]}', "jsonl", {}, ["d.jsonl:1:", "history"]),
+        (
+            '{"instruction": "I", "output": "O", "history": [["a"]]}',
+            "jsonl",
+            {"columns": {"prompt": "instruction", "response": "output", "history": "history"}},
+            ["d.jsonl:1:", "history"],
+        ),
+        ("instruction,output\nI,O\nI\n", "csv", {}, ["d.csv:3:", "2 fields"]),
+        (b"instruction,output\nI,\xff\n", "csv", {}, ["d.csv:2:", "UTF-8"]),
+        (b"PAR1 and then nothing", "parquet", {}, ["d.parquet:", "whole parquet file"]),
+        (b"no arrow", "arrow", {}, ["d.arrow:", "whole arrow file"]),
+        (gzip.compress(GOOD.encode() * 99)[:40], "jsonl.gz", {}, ["d.jsonl.gz:", "whole file"]),
     ],
 )
 def test_bad_row_names_file_and_line(make_set, content, suffix, entry, words):
@@ -119,18 +247,19 @@ def test_bad_row_names_file_and_line(make_set, content, suffix, entry, words):
     ("entry", "words"),
     [
         ({"file_name": "absent.json"}, ["file_name", "absent.json"]),
-        ({"file_name": "d.csv"}, ["file_name", "d.csv"]),
-        ({"hf_hub_url": "a/b"}, ["file_name"]),
-        ({"file_name": "d.json", "ranking": True}, ["ranking"]),
-        ({"file_name": "d.json", "num_samples": 3}, ["num_samples"]),
+        ({"file_name": "d.xml"}, ["file_name", "d.xml"]),
+        ({"script_url": "a.py"}, ["script_url", "programs"]),
+        ({"cloud_file_name": "s3://a"}, ["cloud_file_name", "download"]),
+        ({"file_name": "d.json", "num_samples": 0}, ["num_samples"]),
+        ({"file_name": "d.json", "numsamples": 3}, ["numsamples"]),
         ({"file_name": "d.json", "formatting": "xml"}, ["formatting", "'xml'"]),
-        ({"file_name": "d.json", "columns": {"promt": "a"}}, ["columns", "'promt'"]),
+        ({"file_name": "d.json", "columns": {"promt": "a"}}, ["columns", "'promt'", "did you mean 'prompt'"]),
     ],
 )
 def test_bad_entry(tmp_path, entry, words):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"d": entry}))
     (tmp_path / "d.json").write_text(f"[{GOOD}]")
-    (tmp_path / "d.csv").write_text("a,b")
+    (tmp_path / "d.xml").write_text("a,b")
     with pytest.raises(UserError) as caught:
         dataset_info("d", tmp_path)
     assert all(word in str(caught.value) for word in [*words, "dataset_info.json"]), str(caught.value)
@@ -138,21 +267,94 @@ def test_bad_entry(tmp_path, entry, words):
 
 def test_unknown_name_suggests_one(dataset_dir):
     with pytest.raises(UserError, match="did you mean 'rows'"):
-        load_conversations(["row"], str(dataset_dir))
+        dataset_info("row", dataset_dir)
 
 
 def test_rows_of_a_pretty_list_know_their_lines(tmp_path):
     path = tmp_path / "d.json"
     path.write_text(json.dumps([{"a": 1}, {"b": [1, 2]}, {"c": 3}], indent=2))
-    assert [line for line, _ in read_rows(path)] == [2, 5, 11]
+    assert [place for place, _ in read_rows(path)] == [f"{path}:{line}" for line in (2, 5, 11)]
 
 
 def test_folder_of_files(tmp_path):
     (tmp_path / "parts").mkdir()
     for name in ("b.jsonl", "a.json"):
         (tmp_path / "parts" / name).write_text(json.dumps({"instruction": name, "output": "O"}))
+    (tmp_path / "parts" / "README.md").write_text("not data")
     (tmp_path / "dataset_info.json").write_text(json.dumps({"d": {"file_name": "parts"}}))
-    assert [c[0]["content"] for c in load_conversations(["d"], str(tmp_path))] == ["a.json", "b.jsonl"]
+    samples = [sample for _, sample in Source.of("d", str(tmp_path), "sft").samples("sft", None)]
+    assert [sample.messages[0]["content"] for sample in samples] == ["a.json", "b.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "jsonl.gz", "csv", "parquet", "arrow", "arrow stream"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    rows = [{"instruction": 'one,\n"two"', "output": "é"}, {"instruction": "three", "output": "four"}]
+    path = tmp_path / f"d.{kind.split()[0]}"
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    table = pyarrow.Table.from_pylist(rows)
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    elif kind.startswith("arrow"):
+        opened = pyarrow.ipc.new_file if kind == "arrow" else pyarrow.ipc.new_stream
+        with opened(path, table.schema) as writer:
+            writer.write_table(table)
+    elif kind == "csv":
+        path.write_text('instruction,output\n"one,\n""two""",é\nthree,four\n')
+    else:
+        path.write_bytes({"json": json.dumps(rows).encode(), "jsonl": lines, "jsonl.gz": gzip.compress(lines)}[kind])
+    assert [row for _, row in read_rows(path)] == rows
+    places = {"csv": [2, 4], "json": [1, 1]}.get(kind, [1, 2])
+    assert [place for place, _ in read_rows(path)] == [f"{path}:{line}" for line in places]
+
+
+def test_a_long_row_is_read_and_shortened_in_errors(make_set):
+    row = {"instruction": "I", "output": ["x" * 10_000_000]}
+    with pytest.raises(UserError, match="a list") as caught:
+        make_set(json.dumps(row), suffix="jsonl")()
+    assert len(str(caught.value)) < 500
+
+
+class _Hub:
+    """Stands for ``datasets`` or ``modelscope``: rows of the id it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def load_dataset(self, path, name=None, **options):
+        self.asked.append((path, name, options["split"], options["data_dir"]))
+        return [{"instruction": path, "output": "O"}]
+
+    def load(self, name, **options):
+        self.asked.append((name, options["subset_name"], options["split"], options["data_dir"]))
+        return [{"instruction": name, "output": "O"}]
+
+
+def test_hubs(tmp_path, monkeypatch):
+    hf, ms = _Hub(), _Hub()
+    ms.MsDataset = ms
+    monkeypatch.setitem(__import__("sys").modules, "datasets", hf)
+    monkeypatch.setitem(__import__("sys").modules, "modelscope", ms)
+    monkeypatch.delenv("USE_MODELSCOPE_HUB", raising=False)
+    entry = {"hf_hub_url": "h/f", "ms_hub_url": "m/s", "subset": "en", "split": "test", "folder": "sub"}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"d": entry, "m": {"ms_hub_url": "m/s"}}))
+
+    def first(name, folder=str(tmp_path)):
+        ((place, sample),) = Source.of(name, folder, "sft").samples("sft", None)
+        return place, sample.messages[0]["content"]
+
+    assert first("d") == ("h/f:1", "h/f") and hf.asked == [("h/f", "en", "test", "sub")]
+    assert first("m") == ("m/s:1", "m/s") and ms.asked == [("m/s", "default", "train", None)]
+    assert first("some/id", "ONLINE") == ("some/id:1", "some/id")
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    assert first("d") == ("m/s:1", "m/s") and first("some/id", "ONLINE")[1] == "some/id" and len(hf.asked) == 2
+
+
+def test_a_hub_without_its_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "modelscope", None)
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"m": {"ms_hub_url": "m/s"}}))
+    with pytest.raises(UserError, match="pip install 'modelscope'"):
+        list(Source.of("m", str(tmp_path), "sft").samples("sft", None))
 
 
 def test_val_size_splits_once_and_for_all(make_config):
@@ -164,73 +366,3 @@ def test_val_size_splits_once_and_for_all(make_config):
     assert load_splits(make_config(val_size=6, data_seed=1)) != (train, held_out)
     with pytest.raises(UserError, match="val_size"):
         load_splits(make_config(val_size=24))
-
-
-def trained_text(example, tokenizer):
-    return tokenizer.decode([label for label in example.labels if label != chat.IGNORE])
-
-
-def test_answers_are_trained_and_nothing_else(tokenizer):
-    example = chat.encode(MULTI, tokenizer, cutoff_len=100)
-    assert trained_text(example, tokenizer) == "path one<|end|>path two<|end|>"
-    assert all(label in (chat.IGNORE, token) for token, label in zip(example.input_ids, example.labels, strict=True))
-
-
-def test_prefixes_find_the_same_answers_as_marks(tokenizer):
-    marked = chat.encode(MULTI, tokenizer, cutoff_len=100)
-    tokenizer.chat_template = PLAIN
-    assert chat.encode(MULTI, tokenizer, cutoff_len=100) == marked
-
-
-@pytest.mark.parametrize("template", ["marked", "plain"])
-def test_mask_history_trains_the_last_answer(tokenizer, template):
-    if template == "plain":
-        tokenizer.chat_template = PLAIN
-    example = chat.encode(MULTI, tokenizer, cutoff_len=100, mask_history=True)
-    assert trained_text(example, tokenizer) == "path two<|end|>"
-
-
-def test_train_on_prompt_and_cutoff(tokenizer):
-    full = chat.encode(MULTI, tokenizer, cutoff_len=100, train_on_prompt=True)
-    assert full.labels == full.input_ids and full.trained == len(full.input_ids) - 1
-    cut = chat.encode(MULTI, tokenizer, cutoff_len=7)
-    assert cut.input_ids == full.input_ids[:7] and cut.trained == 0
-
-
-def test_template_that_rewrites_history_is_refused(tokenizer):
-    think = "('path ' if m['role'] == 'assistant' and loop.last else '')"  # as templates of reasoning models do
-    tokenizer.chat_template = PLAIN.replace("m['content']", f"{think} + m['content']")
-    with pytest.raises(UserError, match="mask_history"):
-        chat.encode(MULTI, tokenizer, cutoff_len=100)
-    example = chat.encode(MULTI, tokenizer, cutoff_len=100, mask_history=True)
-    assert trained_text(example, tokenizer) == "path path two<|end|>"
-
-
-def test_template_that_refuses_a_role(tokenizer):
-    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(UserError, match="no system role"):
-        chat.encode(MULTI, tokenizer, cutoff_len=100)
-
-
-def test_encode_all(tokenizer, make_config):
-    long = [{"role": "user", "content": "Join " * 50}, {"role": "assistant", "content": "path"}]
-    kept = chat.encode_all([long, MULTI], tokenizer, make_config(cutoff_len=45))
-    assert len(kept) == 1 and "1 left out" in chat.describe(kept, 2)
-    with pytest.raises(UserError, match="cutoff_len"):
-        chat.encode_all([long], tokenizer, make_config(cutoff_len=30))
-    tokenizer.chat_template = None
-    with pytest.raises(UserError, match="chat template"):
-        chat.encode_all([MULTI], tokenizer, make_config())
-
-
-def test_collate_pads_right():
-    batch = chat.collate([chat.Example([5, 6, 7], [-100, 6, 7]), chat.Example([8], [8])], pad_id=1)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
-
-
-def test_order_is_a_function_of_seed_and_epoch():
-    order = chat.epoch_order(50, seed=1, epoch=0)
-    assert sorted(order) == list(range(50)) and order == chat.epoch_order(50, seed=1, epoch=0)
-    assert len({tuple(chat.epoch_order(50, seed=s, epoch=e)) for s in (1, 2) for e in (0, 1)}) == 4

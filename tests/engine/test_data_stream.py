@@ -1,0 +1,94 @@
+"""Streams: every row once per epoch, shuffled, and exactly resumable from any position."""
+
+import itertools
+import json
+from collections import Counter
+
+import pytest
+
+from fuselora.engine import data
+from fuselora.engine.errors import UserError
+
+
+@pytest.fixture
+def make_stream(make_config, tokenizer, dataset_dir):
+    rows = [{"instruction": f"Other {i}", "output": "path"} for i in range(7)]
+    (dataset_dir / "other.json").write_text(json.dumps(rows))
+    entry = {"rows": {"file_name": "rows.json"}, "other": {"file_name": "other.json"}}
+    (dataset_dir / "dataset_info.json").write_text(json.dumps(entry))
+
+    def make(**keys):
+        config = make_config(**{"streaming": True, "max_steps": 5, "buffer_size": 10} | keys)
+        return data.load_data(config, tokenizer)
+
+    return make
+
+
+def endless(stream):
+    return (example for _ in itertools.count() for example in stream)
+
+
+MIXTURES = [
+    {},
+    {"dataset": "rows,other"},
+    {"dataset": "rows,other", "mix_strategy": "interleave_over"},
+    {"dataset": "rows,other", "mix_strategy": "interleave_under", "interleave_probs": "0.8,0.2"},
+    {"dataset": "rows,other", "mix_strategy": "interleave_once", "val_size": 3, "max_samples": 11},
+]
+
+
+@pytest.mark.parametrize("keys", MIXTURES, ids=lambda keys: "+".join(map(str, keys.values())) or "one")
+def test_resumed_anywhere(make_stream, keys):
+    whole = list(itertools.islice(endless(make_stream(**keys).train), 80))
+    for stop in (0, 1, 9, 10, 11, 23, 24, 25, 31, 47, 60):
+        stream = make_stream(**keys).train
+        assert list(itertools.islice(endless(stream), stop)) == whole[:stop]
+        state = json.loads(json.dumps(stream.state_dict()))
+        other = make_stream(**keys).train
+        other.load_state_dict(state)
+        assert list(itertools.islice(endless(other), 80 - stop)) == whole[stop:], stop
+
+
+def test_every_row_once_per_epoch_in_another_order(make_stream, make_config, tokenizer):
+    stream = make_stream().train
+    epochs = [list(stream), list(stream)]
+    rows = list(data.load_data(make_config(), tokenizer).train)
+    assert Counter(map(str, epochs[0])) == Counter(map(str, epochs[1])) == Counter(map(str, rows))
+    assert epochs[0] != epochs[1] and epochs[0] != rows
+    assert sorted(map(str, epochs[0][:10])) == sorted(map(str, rows[:10]))  # shuffled within the block
+
+
+def test_pieces_of_a_document(make_stream, dataset_dir, make_config, tokenizer):
+    (dataset_dir / "text.txt").write_text("\n".join(f"Join {i} path components, " * 6 for i in range(6)))
+    (dataset_dir / "dataset_info.json").write_text(
+        json.dumps({"text": {"file_name": "text.txt", "columns": {"prompt": "text"}}})
+    )
+    config = make_config(streaming=True, max_steps=5, dataset="text", cutoff_len=16, buffer_size=4)
+    object.__setattr__(config, "stage", "pt")
+    whole = list(data.load_data(config, tokenizer).train)
+    assert len(whole) > 12
+    for stop in range(len(whole)):
+        stream, other = (data.load_data(config, tokenizer).train for _ in range(2))
+        list(itertools.islice(stream, stop))
+        other.load_state_dict(stream.state_dict())
+        assert list(itertools.islice(endless(other), len(whole) - stop)) == whole[stop:]
+
+
+def test_held_out_rows_are_not_trained_on(make_stream):
+    loaded = make_stream(val_size=4)
+    assert len(loaded.held_out) == 4
+    trained = {str(example) for example in loaded.train}
+    assert len(trained) == 20 and not trained & {str(example) for example in loaded.held_out}
+    assert loaded.shown[-1]["role"] == "assistant"
+
+
+def test_bad_rows(make_stream, dataset_dir):
+    good = json.dumps({"instruction": "Join 1", "output": "path"})
+    (dataset_dir / "rows.json").write_text("\n".join([good, "{broken", *[good] * 3]))
+    with pytest.raises(UserError, match=r"rows\.json:2: .*on_bad_row: skip"):
+        list(make_stream().train)
+    stream = make_stream(on_bad_row="skip").train
+    assert len(list(stream)) == 4 and (stream.position.bad, stream.position.read) == (1, 5)
+    (dataset_dir / "rows.json").write_text("\n".join([good, *["{broken"] * 11]))
+    with pytest.raises(UserError, match=r"at most 1\.0% bad rows, got 11 of 1[12]"):
+        list(make_stream(on_bad_row="skip").train)
