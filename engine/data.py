@@ -42,9 +42,9 @@ KINDS = {"rm": "preference", "dpo": "preference", "kto": "feedback"}
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains and evaluates on. ``shown`` is a conversation for the sample after training."""
+    """What a run trains and evaluates on: examples of one kind. ``shown`` is a conversation for the sample after training."""
 
-    train: Sequence[Any] | Stream
+    train: Any  # a sequence of examples, or a Stream
     held_out: Sequence[Any]
     report: str
     shown: Conversation | None
