@@ -43,7 +43,7 @@ def train(config: Config) -> int:
     print(trainable_summary(model))
     if config.fuse:
         try:
-            patch_model(model, strict=config.fuse_strict)
+            patch_model(model, strict=config.fuse_strict, dequant_cache_gb=config.dequant_cache_gb)
         except ValueError as error:  # strict, and something can't be fused
             raise UserError(str(error)) from error
         print(patch_report(model))

@@ -67,7 +67,7 @@ def _check_ranges(config: Config) -> None:
     )
     ranges |= dict.fromkeys(
         "learning_rate num_train_epochs weight_decay max_grad_norm val_size warmup_steps seed data_seed "
-        "neftune_noise_alpha loraplus_lr_ratio loraplus_lr_embedding eval_delay".split(),
+        "neftune_noise_alpha dequant_cache_gb loraplus_lr_ratio loraplus_lr_embedding eval_delay".split(),
         (0, float("inf")),
     )
     ranges |= {"cutoff_len": (2, float("inf")), "max_steps": (-1, float("inf")), "adam_epsilon": (0, 1)}

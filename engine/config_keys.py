@@ -127,6 +127,11 @@ class MethodKeys:
     )
     fuse: bool = _key("method", True, "Patch the model with fused operations; false trains stock PEFT.")
     fuse_strict: bool = _key("method", False, "Stop if any part of the model can't be fused.")
+    dequant_cache_gb: float = _key(
+        "method",
+        0.0,
+        "Memory in GB for dense copies of 4-bit weights, which are then dequantised once, not every pass.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

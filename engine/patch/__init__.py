@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fuselora.engine.patch.checkpointing import clear_checkpointing
+from fuselora.engine.patch.dequant_cache import check_budget, fused_linears, release, set_budget
 from fuselora.engine.patch.families import FAMILIES
 from fuselora.engine.patch.loss import FusedCausalLM, FusedHead
 from fuselora.engine.patch.report import PatchReport, Row, build_report, unswappable_reason
@@ -20,7 +21,13 @@ __all__ = ["KINDS", "PatchReport", "Row", "patch_model", "patch_report", "unpatc
 KINDS = ("attention", "mlp", "lora_linear", "norm", "layer", "loss")
 
 
-def patch_model(model: nn.Module, *, strict: bool = False, disable: Iterable[str] = ()) -> nn.Module:
+def patch_model(
+    model: nn.Module,
+    *,
+    strict: bool = False,
+    disable: Iterable[str] = (),
+    dequant_cache_gb: float | None = None,
+) -> nn.Module:
     """Make a model compute with fuselora. Its parameters, names, state dict, signatures and other models stay
     untouched.
 
@@ -28,15 +35,19 @@ def patch_model(model: nn.Module, *, strict: bool = False, disable: Iterable[str
         model: any ``nn.Module``: a transformers model, a ``PeftModel``, or a module with PEFT LoRA layers inside.
         strict: raise if any module that could be fused is not.
         disable: rule kinds to leave stock, from ``KINDS``.
+        dequant_cache_gb: memory for dense copies of frozen 4-bit weights, which are then dequantised once instead of
+            at every pass: 2 bytes per weight, for the first layers that fit. 0 keeps none, None what was set before.
 
     Returns:
         The same object. Patching again adds what has been added to the model since; ``unpatch_model`` takes it back.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: unknown kind in ``disable``; or ``strict`` and something is not fused (the model is left as it was).
+        ValueError: unknown kind in ``disable``; a negative ``dequant_cache_gb``; or ``strict`` and something is not
+            fused (the model is left as it was).
     """
     _check_model("patch_model", model)
+    check_budget(dequant_cache_gb)
     disabled = {disable} if isinstance(disable, str) else set(disable)
     if unknown := disabled - set(KINDS):
         expected = ", ".join(KINDS)
@@ -55,6 +66,8 @@ def patch_model(model: nn.Module, *, strict: bool = False, disable: Iterable[str
                 f"patch_model: strict=True: expected every module fused, got {len(unfused)} that are not, first "
                 f"{first.module} ({first.cls}): {first.reason}; see patch_report(model), or drop strict"
             )
+        if dequant_cache_gb is not None:
+            set_budget(fused_linears(model), dequant_cache_gb)
     return model
 
 
@@ -70,6 +83,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         for module in model.modules():
             if is_fused(module):
                 restore(module)
+        release(model)
     return model
 
 

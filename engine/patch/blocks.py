@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fuselora.engine.patch.quantized import KEEPS_DTYPE
+from fuselora.engine.patch.dequant_cache import with_copies
+from fuselora.engine.patch.quantized import KEEPS_DTYPE, base_reason, computes_in, read_4bit
 from fuselora.engine.patch.state import DoRA, input_reason, linear_dtype
 from fuselora.engine.patch.swap import note
 from fuselora.kernels.dora_linear import dora_linear
 from fuselora.kernels.glu import glu, glu_packed
 from fuselora.kernels.lora import LoRA, Projection, all_adapters
-from fuselora.kernels.lora_linear import lora_linears
+from fuselora.kernels.lora_linear import lora_linear, lora_linears
 from fuselora.kernels.lora_mlp import lora_mlp, lora_mlp_packed
 from fuselora.kernels.lora_wide import lora_linears_wide
 
@@ -46,6 +47,7 @@ def run_linears(
 ) -> tuple[Tensor, ...]:
     """The outputs, in x's dtype, of linears as ``read_projections`` read them."""
     base = linear_dtype(x, linears[0], projections[0])
+    projections = with_copies(linears, projections, base)
     if base == x.dtype:
         return lora_linears(x, projections)
     adapts = _adapts_in(x, base, all_adapters(projections)[0])
@@ -61,6 +63,7 @@ def run_mlp(
     """The output, in x's dtype, of (gate, up, down) or (gate_up, down)."""
     compute: Any = lora_mlp if len(projections) == 3 else lora_mlp_packed
     base = linear_dtype(x, linears[0], projections[0])
+    projections = with_copies(linears, projections, base)
     if base == x.dtype:
         return compute(x, *projections, act)
     adapts = _adapts_in(x, base, all_adapters(projections)[0])
@@ -86,8 +89,22 @@ def dora_dtype_reason(x: Tensor, module: nn.Module, dora: DoRA) -> str | None:
 
 def run_dora(owner: nn.Module, x: Tensor, dora: DoRA) -> Tensor:
     """The output, in x's dtype, of a DoRA layer that ``dora_dtype_reason`` lets pass."""
-    dtype = linear_dtype(x, owner, Projection(dora.weight, dora.bias))
+    base = Projection(dora.weight, dora.bias)
+    dtype = linear_dtype(x, owner, base)
+    dora = dora._replace(weight=with_copies([owner], [base], dtype)[0].weight)
     if dtype == x.dtype:
         return dora_linear(x, *dora)
     _note_casts(owner, x, dtype, dtype)
     return dora_linear(x.to(dtype), *dora).to(x.dtype)
+
+
+def run_base(x: Tensor, linear: Any) -> Tensor | None:
+    """The output, in x's dtype, of a bare 4-bit linear that casts its input to compute; None where bitsandbytes must
+    do it."""
+    projection = read_4bit(linear)
+    if isinstance(projection, str) or base_reason(x, linear):
+        return None
+    computes = computes_in(x, linear)
+    (projection,) = with_copies([linear], [projection], computes)
+    bias = None if projection.bias is None else projection.bias.to(computes)
+    return lora_linear(x.to(computes), projection.weight, bias).to(x.dtype)

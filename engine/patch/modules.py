@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fuselora.engine.patch.blocks import dora_dtype_reason, run_dora, run_linears, run_mlp
+from fuselora.engine.patch.blocks import dora_dtype_reason, run_base, run_dora, run_linears, run_mlp
 from fuselora.engine.patch.checkpointing import rerun_in_backward
-from fuselora.engine.patch.quantized import base_in_compute_dtype, is_4bit
+from fuselora.engine.patch.dequant_cache import cache_note
+from fuselora.engine.patch.quantized import is_4bit
 from fuselora.engine.patch.state import (
     active_adapters,
     bypass_reason,
@@ -22,7 +23,7 @@ from fuselora.engine.patch.state import (
     tensor_reason,
     uses_dora,
 )
-from fuselora.engine.patch.swap import Fused, decline, is_fused
+from fuselora.engine.patch.swap import Fused, decline, is_fused, noted
 from fuselora.kernels.glu import glu, glu_packed
 from fuselora.kernels.layer_norm import layer_norm
 from fuselora.kernels.lora_linear import lora_delta
@@ -106,6 +107,9 @@ class FusedLoRALinear(Fused):
     def fuse_state(self: Any) -> str | None:
         return _adapters_reason(self)
 
+    def fuse_note(self: Any) -> str:
+        return "; ".join(filter(None, (noted(self), cache_note(self.base_layer))))
+
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if set(kwargs) == {"adapter_names"} and not args:
             return self.fuse_mixed_batch(x, kwargs["adapter_names"])
@@ -167,7 +171,7 @@ class FusedLoRA4bitLinear(FusedLoRALinear):
 
     def fuse_base(self: Any, x: Tensor) -> Tensor:
         readable = is_4bit(type(self.base_layer)) and bypass_reason(self.base_layer) is None
-        y = base_in_compute_dtype(x, self.base_layer) if readable else None
+        y = run_base(x, self.base_layer) if readable else None
         return self.base_layer(x) if y is None else y
 
 

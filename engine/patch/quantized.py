@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fuselora.engine.quantized_linear import Linear4bit
 from fuselora.kernels.lora import Projection
-from fuselora.kernels.lora_linear import lora_linear
 from fuselora.kernels.nf4 import Quantized4bit
 
 LINEARS_4BIT = {f"bitsandbytes.nn.modules:{name}" for name in ("Linear4bit", "LinearNF4", "LinearFP4")}
@@ -74,6 +73,11 @@ def computes_in(x: Tensor, module: Any) -> torch.dtype:
     return x.dtype if follows or module.compute_dtype is None else module.compute_dtype
 
 
+def base_reason(x: Tensor, module: Any) -> str | None:
+    """Why the bare layer, casts of its input and output included, is not computed by us, or None."""
+    return _autocast_reason(x) or _storage_reason(module, computes_in(x, module))
+
+
 def _autocast_reason(x: Tensor) -> str | None:
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
@@ -113,13 +117,3 @@ def compute_reason(x: Tensor, module: Any) -> str | None:
     if computes.itemsize < x.dtype.itemsize:
         return f"{casts}; {KEEPS_DTYPE}"
     return f"{casts}; fuselora.prepare_kbit(model, compute_dtype={x.dtype}) avoids it"
-
-
-def base_in_compute_dtype(x: Tensor, module: Any) -> Tensor | None:
-    """The layer's y where it casts its input to compute, in x's dtype; None where bitsandbytes must do it."""
-    projection = read_4bit(module)
-    computes = computes_in(x, module)
-    if isinstance(projection, str) or _autocast_reason(x) or _storage_reason(module, computes):
-        return None
-    bias = None if projection.bias is None else projection.bias.to(computes)
-    return lora_linear(x.to(computes), projection.weight, bias).to(x.dtype)

@@ -12,7 +12,7 @@ from torch import nn
 
 from fuselora.engine.patch.families import FAMILIES
 from fuselora.engine.patch.rules import find
-from fuselora.engine.patch.swap import Fused, declined, is_fused, noted
+from fuselora.engine.patch.swap import Fused, declined, is_fused
 from fuselora.kernels.registry import OPS, implementation
 
 FUSED, PARTIAL, STOCK = "fused", "partial", "stock"
@@ -85,7 +85,7 @@ def _fused_row(name: str, module: nn.Module) -> Row:
     elif calls:
         status, reason = PARTIAL, "; ".join(calls)
     else:
-        reason = noted(module)
+        reason = module.fuse_note()
     weight = next(iter(module.parameters()), None)
     impl = _implementations(module.fuse_ops, weight) if status != STOCK else "-"
     return Row(

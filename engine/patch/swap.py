@@ -45,6 +45,10 @@ class Fused:
         """None if the module's current state is computed by the fused path, else the reason why it is not."""
         raise NotImplementedError
 
+    def fuse_note(self: Any) -> str:
+        """What the report says of a module that runs fused."""
+        return noted(self)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _reconstructor, (_FusedInMemory(type(self), self._fuselora_stock), object, None), self.__dict__
 

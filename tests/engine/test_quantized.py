@@ -131,3 +131,18 @@ def test_without_the_libraries(start, monkeypatch, missing):
     remedy = r"run: pip install 'fuselora\[quant\]'"
     with pytest.raises(UserError, match=rf"quantization_bit: .* 4 without {missing}; {remedy}"):
         start()
+
+
+def test_copies_of_4bit_weights_stay_within_their_key(tiny_base, dataset_dir, tmp_path, capsys):
+    keys = {
+        "model_name_or_path": tiny_base,
+        "dataset": "rows",
+        "dataset_dir": dataset_dir,
+        "output_dir": tmp_path / "out",
+    }
+    keys |= {"quantization_bit": 4, "bf16": True, "max_steps": 1, "use_cpu": True, "check_adapter": "false"}
+    arguments = [f"{key}={value}" for key, value in keys.items()]
+    assert cli.main(["train", *arguments, "dequant_cache_gb=1"]) == 0
+    assert "dequantised once: its copy will be kept (dequant_cache_gb)" in capsys.readouterr().out
+    assert cli.main(["train", *arguments, "dequant_cache_gb=-1"]) == 2
+    assert "dequant_cache_gb: expected 0 or more, got -1" in capsys.readouterr().err
