@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 
 from fuselora.engine import distributed, metrics, output
+from fuselora.engine.checkpoint_weights import result_state
 from fuselora.engine.config import Config, read_config
 from fuselora.engine.config_docs import config_help
 from fuselora.engine.data import check_sources, first_example, load_data
@@ -33,7 +35,8 @@ def train(config: Config) -> int:
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
     check_sources(config)
-    base = resolve_base(config)
+    with distributed.main_first(world):
+        base = resolve_base(config)
     tokenizer = load_tokenizer(base, config)
     data = load_data(config, tokenizer)
     print(data.report, first_example(data.train, tokenizer), sep="\n")
@@ -53,12 +56,18 @@ def train(config: Config) -> int:
         print(f"held-out loss {trainer.evaluate()['eval_loss']:.4f}")
         return 0
     trainer.resume()
-    folder = output.open_output_dir(config, resumed=trainer.resumed)
+    if world.main:
+        output.open_output_dir(config, resumed=trainer.resumed)
     if stopped_by := trainer.fit():
         print(f"stopped; go on with the same command and resume_from_checkpoint={trainer.last_checkpoint}")
         return 128 + stopped_by
 
-    output.save_result(model, folder, config)
+    weights = result_state(model)
+    distributed.stop(world)
+    if not world.main:
+        return 0
+    folder = Path(config.output_dir)
+    output.save_result(model, folder, config, weights)
     tokenizer.save_pretrained(folder)
     if config.plot_loss:
         metrics.plot_loss(trainer.log.records, folder / metrics.CURVE_FILE)
@@ -77,6 +86,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _read_and_train(arguments: list[str]) -> int:
+    distributed.relaunch(arguments)
     config, sorting = read_config(arguments)
     if os.environ.get("RANK", "0") == "0":
         print(sorting)

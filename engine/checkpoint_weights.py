@@ -28,6 +28,15 @@ def weights_to_save(model: Any) -> dict[str, Tensor] | None:
     return {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
+def result_state(model: Any) -> dict[str, Tensor] | None:
+    """What a run's result is made of where the model is sharded (all processes ask together), None elsewhere: the
+    trained weights of an adapter, else all of them.
+    """
+    if hasattr(model, "peft_config") or not is_sharded(model):
+        return weights_to_save(model)
+    return {name: whole(t) for name, t in model.state_dict().items()}
+
+
 def save_weights(model: Any, folder: Path, weights: dict[str, Tensor] | None) -> None:
     """Write the trained weights; ``weights`` are those of ``weights_to_save``."""
     if hasattr(model, "peft_config"):

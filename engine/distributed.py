@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -89,6 +90,16 @@ def start(config: Config) -> World:
     return world
 
 
+@contextmanager
+def main_first(world: World) -> Iterator[None]:
+    """The main process runs the block before the others do: what it downloads or builds they find."""
+    if not world.main:
+        world.agree(0)
+    yield
+    if world.main:
+        world.agree(0)
+
+
 def stop(world: World) -> None:
     """Leave the group."""
     if world.size > 1:
@@ -128,7 +139,7 @@ def replicate(module: LossOf, config: Config) -> nn.parallel.DistributedDataPara
     return wrapped
 
 
-def _sum_bucket(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_bucket(state, bucket):  # unannotated: DDP compares annotations with classes, and here they are text
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
 
@@ -168,6 +179,16 @@ def shard(model: nn.Module, world: World, reshard: bool) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows sums only
+
+
+def give_back(model: nn.Module) -> None:
+    """After forward passes without backward: weights that FSDP2 still holds whole become shards again."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

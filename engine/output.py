@@ -64,28 +64,35 @@ def open_output_dir(config: Config, *, resumed: bool = False) -> Path:
     return folder
 
 
-def save_result(model: Any, folder: Path, config: Config) -> None:
+def save_result(model: Any, folder: Path, config: Config, state: dict[str, torch.Tensor] | None = None) -> None:
     """The adapter as PEFT saves it, or the model as transformers does, in the dtype it computes in; each file appears
-    whole or not at all.
+    whole or not at all. ``state``: the weights of a sharded model, from ``result_state``.
     """
     staging = folder / ".result.tmp"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     if hasattr(model, "peft_config"):
-        save_adapter_files(model, staging)
+        save_adapter_files(model, staging, state_dict=state)
     else:
-        save_model(model, staging, torch.bfloat16 if config.bf16 else None)
+        save_model(model, staging, torch.bfloat16 if config.bf16 else None, state)
     for path in staging.iterdir():
         path.replace(folder / path.name)
     staging.rmdir()
 
 
-def save_model(model: Any, folder: Path, dtype: torch.dtype | None, **options: Any) -> None:
+def save_model(
+    model: Any,
+    folder: Path,
+    dtype: torch.dtype | None,
+    state: dict[str, torch.Tensor] | None = None,
+    **options: Any,
+) -> None:
     """A transformers model in ``dtype`` (None: as it is); ``options`` go to ``save_pretrained``."""
     if dtype is None:
-        model.save_pretrained(folder, **options)
+        model.save_pretrained(folder, state_dict=state, **options)
         return
-    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    state = state or model.state_dict()
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
     model.save_pretrained(folder, state_dict=state, **options)
     path = folder / "config.json"  # it names the dtype of the model in memory
     values = json.loads(path.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}

@@ -263,6 +263,8 @@ class Trainer:
         tokens = sum(example.trained for example in examples)
         batches = share(examples, self.config.per_device_eval_batch_size, self.world)
         total = self.stepper.evaluation_loss(self._until_signal(batches), tokens)
+        if self.world.size > 1:
+            distributed.give_back(self.model)
         return {"eval_loss": self.world.sum_(total).item()}
 
     def _until_signal(self, batches: Sequence[Any]) -> Iterable[Any]:

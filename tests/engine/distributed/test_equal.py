@@ -1,0 +1,44 @@
+"""Two processes compute what one does: same losses and weights to fp32 rounding, one checkpoint, any world size."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+KEYS = {"max_steps": 5, "val_size": 6, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+
+
+def losses(records, key="loss"):
+    return [record[key] for record in records if key in record]
+
+
+def assert_equal_runs(one, two):
+    for key in ("loss", "eval_loss", "grad_norm", "lr", "epoch"):
+        assert losses(two[0], key) == pytest.approx(losses(one[0], key), rel=2e-5), key
+    torch.testing.assert_close(two[1], one[1], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("patch", [False, True], ids=["stock", "patched"])
+@pytest.mark.parametrize("keys", [{}, {"fsdp": "full_shard"}, {"fsdp": "shard_grad_op"}], ids=str)
+def test_two_processes_equal_one(run, keys, patch):
+    """18 rows in steps of 8: the last step of an epoch leaves one process without a row."""
+    one = run(1, "one", patch=patch, **KEYS, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    two = run(2, "two", patch=patch, **KEYS, **keys, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert_equal_runs(one, two)
+
+
+@pytest.mark.parametrize("keys", [{}, {"fsdp": "full_shard"}], ids=str)
+def test_resume_into_another_world_size(run, keys, tmp_path, tiny_base):
+    """A checkpoint of two processes is a stock adapter, and one process goes on with it."""
+    keys = KEYS | keys
+    whole = run(1, "whole", **KEYS, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    run(2, "cut", **keys | {"max_steps": 2, "lr_scheduler_type": "constant"}, per_device_train_batch_size=4)
+    assert [p.name for p in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-2"]
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "cut/checkpoint-2")
+    assert len([name for name, _ in stock.named_parameters() if "lora_" in name]) == len(whole[1])
+    constant = {"lr_scheduler_type": "constant"}
+    straight = run(1, "straight", **KEYS | constant, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    on = run(1, "cut", **KEYS | constant, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert_equal_runs(straight, on)
+    back = run(2, "cut", **keys | constant | {"max_steps": 7}, per_device_train_batch_size=4)
+    assert losses(back[0])[:5] == losses(on[0]) and len(losses(back[0])) == 7
