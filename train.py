@@ -18,6 +18,7 @@ from fuselora.engine.config import Config, read_config
 from fuselora.engine.config_docs import config_help
 from fuselora.engine.data import check_sources, first_example, load_data
 from fuselora.engine.errors import UserError, run_command
+from fuselora.engine.memory_run import apply_checkpointing
 from fuselora.engine.methods import trainable_summary
 from fuselora.engine.model import build_model, check_vocabulary, load_tokenizer, quiet_libraries, resolve_base
 from fuselora.engine.patch import patch_model, patch_report
@@ -50,6 +51,8 @@ def train(config: Config) -> int:
         except ValueError as error:  # strict, and something can't be fused
             raise UserError(str(error)) from error
         print(patch_report(model))
+        if said := apply_checkpointing(model, config):
+            print(said)
 
     trainer = Trainer(model, data.train, data.held_out, config, pad_id=tokenizer.pad_token_id, world=world)
     if not config.do_train:

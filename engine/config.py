@@ -57,8 +57,12 @@ class Config(EvalKeys, TrainKeys, OutputKeys, DataKeys, MethodKeys, ModelKeys):
         return self.packing or self.neat_packing
 
     @property
+    def checkpoint_policy(self) -> str:
+        return "off" if self.disable_gradient_checkpointing else self.gradient_checkpointing
+
+    @property
     def checkpointing(self) -> bool:
-        return self.gradient_checkpointing and not self.disable_gradient_checkpointing
+        return self.checkpoint_policy != "off"
 
 
 HINTS = typing.get_type_hints(Config)

@@ -70,6 +70,7 @@ def _check_ranges(config: Config) -> None:
         "neftune_noise_alpha dequant_cache_gb loraplus_lr_ratio loraplus_lr_embedding eval_delay".split(),
         (0, float("inf")),
     )
+    ranges |= dict.fromkeys(["activation_budget_gb", "memory_budget_gb"], (0, float("inf")))
     ranges |= {"cutoff_len": (2, float("inf")), "max_steps": (-1, float("inf")), "adam_epsilon": (0, 1)}
     for key, (low, high) in ranges.items():
         value = getattr(config, key)
@@ -115,6 +116,18 @@ def _check_method(config: Config) -> None:
         )
 
 
+def _check_checkpointing(config: Config) -> None:
+    policy = config.checkpoint_policy
+    if policy in ("mlp", "offload", "auto"):
+        for key, value in (("fuse", True), ("use_reentrant_gc", False)):
+            if getattr(config, key) is not value:
+                want = f"{as_yaml(value)} with gradient_checkpointing: {policy}"
+                raise expected(key, want, as_yaml(not value), "change one of the two")
+    if (policy == "auto") is (config.activation_budget_gb is None):
+        want = "a number with gradient_checkpointing: auto, else nothing"
+        raise expected("activation_budget_gb", want, as_yaml(config.activation_budget_gb), "change one of the two")
+
+
 def _check_combinations(config: Config) -> None:
     warmup = config.warmup_ratio > 0 or config.warmup_steps > 0
     if config.lr_scheduler_type == "constant" and warmup:
@@ -126,6 +139,7 @@ def _check_combinations(config: Config) -> None:
     _check_data(config)
     if config.bf16 + config.pure_bf16 + config.fp16 > 1:
         raise expected("bf16", "only one of bf16, pure_bf16 and fp16", "several", "drop all but one")
+    _check_checkpointing(config)
     if config.cuda_graphs and (config.packed or config.padding_free):
         key = "padding_free" if config.padding_free else "packing" if config.packing else "neat_packing"
         raise expected("cuda_graphs", f"false with {key}, whose rows differ from batch to batch", "true", "drop one")

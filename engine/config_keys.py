@@ -246,8 +246,21 @@ class TrainKeys:
     adam_beta2: float = _key("train", 0.999, "AdamW's second-moment decay.")
     adam_epsilon: float = _key("train", 1e-8, "AdamW's denominator term.")
     max_grad_norm: float = _key("train", 1.0, "Clip the gradient's norm; 0 turns it off.")
-    gradient_checkpointing: bool = _key("train", True, "Recompute activations in backward instead of keeping them.")
-    disable_gradient_checkpointing: bool = _key("train", False, "The same switch the other way round; true wins.")
+    gradient_checkpointing: str = _key(
+        "train",
+        "full",
+        "What backward recomputes instead of keeping it: nothing; gate, up and H of the MLPs; the layers but attention "
+        "and down product; that, with what is kept in the host's memory; per layer what activation_budget_gb allows. "
+        "true is full, false is off.",
+        ("off", "mlp", "full", "offload", "auto"),
+    )
+    activation_budget_gb: float | None = _key(
+        "train", None, "For gradient_checkpointing: auto: 10^9 bytes that layers may keep between forward and backward."
+    )
+    memory_budget_gb: float | None = _key(
+        "train", None, "Stop before loading if the predicted peak, in 10^9 bytes, is above this; unset: only print it."
+    )
+    disable_gradient_checkpointing: bool = _key("train", False, "true: gradient_checkpointing: off.")
     use_reentrant_gc: bool = _key("train", False, "Checkpointing with re-entrant autograd.")
     cuda_graphs: bool = _key(
         "train",

@@ -14,7 +14,7 @@ from fuselora.engine.errors import expected
 def coerce(f: Field[Any], hint: Any, value: Any) -> Any:
     """``value`` as ``hint``. YAML 1.1 reads 1e-4 as text and a bare ``no`` as false; both are accepted."""
     if isinstance(value, bool) and f.metadata["choices"]:
-        words = ("true", "yes") if value else ("false", "no")
+        words = ("true", "yes", "full") if value else ("false", "no", "off")
         value = next((word for word in words if word in f.metadata["choices"]), value)
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = list(typing.get_args(hint)) if union else [hint]

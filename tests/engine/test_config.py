@@ -143,3 +143,25 @@ def test_documentation_is_current():
 def test_help_lists_every_key():
     text = config_help()
     assert all(f.name in text and f.metadata["help"] in text for f in fields(Config))
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"), [("true", "full"), ("false", "off"), ("off", "off"), ("mlp", "mlp"), ("offload", "offload")]
+)
+def test_gradient_checkpointing_takes_booleans_and_policies(text, policy):
+    assert load_config(arguments(f"gradient_checkpointing={text}")).checkpoint_policy == policy
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["gradient_checkpointing=auto"], "activation_budget_gb: expected a number with gradient_checkpointing: auto"),
+        (["activation_budget_gb=2"], "activation_budget_gb: expected a number with gradient_checkpointing: auto"),
+        (["gradient_checkpointing=mlp", "fuse=false"], "fuse: expected true with gradient_checkpointing: mlp"),
+        (["gradient_checkpointing=mlp", "use_reentrant_gc=true"], "use_reentrant_gc: expected false"),
+        (["gradient_checkpointing=unsloth"], "gradient_checkpointing: expected one of off, mlp, full"),
+    ],
+)
+def test_checkpointing_that_does_not_fit_together(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config(arguments(*overrides))
