@@ -9,13 +9,18 @@ measured on logits and reported.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from fuselora.engine.adapters import check_base, load_adapter
+from fuselora.engine.errors import UserError, expected, first_line
+from fuselora.engine.fingerprint import base_fingerprint
 from fuselora.engine.kbit import dequantize_linears, keep_weights_in_place
 from fuselora.engine.patch.quantized import is_4bit
 from fuselora.engine.patch.state import active_adapters, read_projection
@@ -83,6 +88,86 @@ def merge_4bit(
     merged = Merged(base, moved.abs().max().item(), _rms(moved), _rms(before))
     print(f"merged: {merged}")
     return merged
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def merge_folder(
+    model_name_or_path: str,
+    adapter_name_or_path: str,
+    export_dir: str,
+    *,
+    requantize: bool = False,
+    quantization_type: str = "nf4",
+    double_quantization: bool = True,
+    infer_dtype: str = "bfloat16",
+) -> Merged:
+    """``merge_4bit`` from files to a folder that ``from_pretrained`` loads, tokenizer included.
+
+    Args:
+        model_name_or_path: the base that the adapter was trained on, dense or in bitsandbytes' 4-bit files.
+        adapter_name_or_path: the adapter.
+        export_dir: where to write; must be empty or not there. It appears whole or not at all.
+        requantize: write 4-bit files, which bitsandbytes and ``load_4bit`` read, instead of dense ones.
+        quantization_type: how a dense base was quantised in training; not used for 4-bit files.
+        double_quantization: the same.
+        infer_dtype: of the dense result, and what 4-bit linears compute in.
+
+    Raises:
+        UserError: a wrong value, files that can't be read, an adapter of another base or that is not plain LoRA, or an
+            export_dir with files in it; nothing has been written then.
+    """
+    from fuselora.engine.load_4bit import load_4bit
+
+    target = Path(export_dir).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise expected("export_dir", "an empty folder or none", f"{str(target)!r}", "name another or remove it")
+    if infer_dtype not in DTYPES:
+        raise expected("infer_dtype", f"one of {', '.join(DTYPES)}", repr(infer_dtype), "choose one of those")
+    dtype = DTYPES[infer_dtype]
+    try:
+        base = load_4bit(
+            model_name_or_path, quant_type=quantization_type, double=double_quantization, dtype=dtype, progress=False
+        )
+    except (OSError, ValueError) as error:
+        why = first_line(error)
+        raise expected("model_name_or_path", "a model", f"{model_name_or_path!r} ({why})", "check the path") from error
+    if not _stored_in_4bit(model_name_or_path):
+        check_base(adapter_name_or_path, base_fingerprint(model_name_or_path))
+    model = load_adapter(base, adapter_name_or_path)
+    try:
+        merged = merge_4bit(model, requantize, dtype=dtype)
+    except ValueError as error:
+        raise UserError(f"adapter_name_or_path: {first_line(error)}") from error
+    staging = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    merged.model.save_pretrained(staging)
+    _copy_tokenizer((adapter_name_or_path, model_name_or_path), staging)
+    if target.exists():
+        target.rmdir()
+    staging.rename(target)
+    return merged
+
+
+def _stored_in_4bit(base: str) -> bool:
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(base), "quantization_config", None) is not None
+
+
+def _copy_tokenizer(sources: tuple[str, ...], target: Path) -> None:
+    """The first tokenizer found: what was saved with the adapter may have a template of its own."""
+    from transformers import AutoTokenizer
+
+    from fuselora.engine.model import TOKENIZER_FILES
+
+    for source in sources:
+        folder = Path(source).expanduser()
+        if not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES):
+            AutoTokenizer.from_pretrained(source).save_pretrained(target)
+            return
+    print(f"no tokenizer: neither {' nor '.join(sources)} has one")
 
 
 def _readable_layers(model: nn.Module) -> list[Any]:

@@ -3,6 +3,8 @@
 fuselora train [config.yaml] [key=value ...]     train.py
 fuselora verify [config.yaml] [key=value ...]    patched against stock against fp64 on the configured model
 fuselora bench [step|ops|gate|report|predict]    bench/, in a clone: a training step by default
+fuselora merge model_name_or_path=... adapter_name_or_path=... export_dir=... [requantize=true]
+                                                 LoRA into a 4-bit base: a dense model, or 4 bits again, and the drift
 fuselora env                                     environment and capability report
 fuselora config-docs                             docs/config.md on standard output
 """
@@ -14,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fuselora.engine.errors import UserError, run_command
+from fuselora.engine.errors import UserError, expected, run_command
 
 
 def _train(arguments: list[str]) -> int:
@@ -68,6 +70,33 @@ def _bench(arguments: list[str]) -> int:
     return 0
 
 
+def _merge(arguments: list[str]) -> int:
+    """Keys are ``merge_folder``'s arguments."""
+    import inspect
+
+    import yaml
+
+    from fuselora.engine.merge import merge_folder
+
+    known = inspect.signature(merge_folder).parameters
+    values = {}
+    for argument in arguments:
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not equals or key not in known:
+            raise expected(
+                "merge", f"key=value with a key of {', '.join(known)}", repr(argument), "see fuselora --help"
+            )
+        values[key] = text if known[key].annotation == "str" else yaml.safe_load(text)
+        if known[key].annotation == "bool" and not isinstance(values[key], bool):
+            raise expected(key, "true or false", repr(text), "choose one of those")
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in values:
+            raise expected(key, "a folder or hub id", "nothing", f"add {key}=...")
+    merge_folder(**values)
+    print(f"wrote {values['export_dir']}")
+    return 0
+
+
 def _env(arguments: list[str]) -> int:
     import fuselora
 
@@ -86,6 +115,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "verify": _verify,
     "bench": _bench,
+    "merge": _merge,
     "env": _env,
     "config-docs": _config_docs,
 }

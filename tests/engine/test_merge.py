@@ -11,6 +11,7 @@ from tests.support.models import add_lora, base_model, batch
 from torch import nn
 
 import fuselora
+from fuselora import cli
 from fuselora.engine.kbit import linears_4bit
 from fuselora.engine.patch.quantized import read_4bit
 from fuselora.engine.quantized_linear import Linear4bit
@@ -116,3 +117,71 @@ def test_what_cannot_be_merged_changes_nothing(build):
     with pytest.raises(ValueError, match=r"q_proj: expected plain LoRA .* DoraLinearVariant"):
         fuselora.merge_4bit(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A dense base and an adapter that was trained on it in NF4, in folders."""
+    base_model("llama", torch.bfloat16, **SIZES).save_pretrained(tmp_path / "base")
+    model = add_lora(fuselora.load_4bit(str(tmp_path / "base"), progress=False))
+    model.save_pretrained(tmp_path / "adapter")
+    names = {"model_name_or_path": "base", "adapter_name_or_path": "adapter", "export_dir": "merged"}
+    return model, [f"{key}={tmp_path / name}" for key, name in names.items()], tmp_path / "merged"
+
+
+def test_command_line_writes_a_dense_model(saved, capsys):
+    from transformers import AutoModelForCausalLM
+
+    model, arguments, out = saved
+    want = exact_weights(model)
+    assert cli.main(["merge", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "merged: logits moved by at most" in shown and f"wrote {out}" in shown and "no tokenizer: neither" in shown
+    back = AutoModelForCausalLM.from_pretrained(out)
+    assert back.dtype == torch.bfloat16 and getattr(back.config, "quantization_config", None) is None
+    for name, weight in want.items():
+        step = weight.abs() * 2**-8 * 1.01 + 1e-7
+        assert (back.get_submodule(name).weight.double() - weight).abs().le(step).all(), name
+    assert not list(out.parent.glob(".merged*"))
+
+
+def test_command_line_requantises_to_files_that_both_libraries_read(saved):
+    from transformers import AutoModelForCausalLM
+
+    import_bnb()
+    _, arguments, out = saved
+    assert cli.main(["merge", *arguments, "requantize=true", "double_quantization=false"]) == 0
+    ours, theirs = fuselora.load_4bit(str(out), progress=False), AutoModelForCausalLM.from_pretrained(out)
+    a, b = (dict(linears_4bit(model)) for model in (ours, theirs))
+    assert len(a) == len(b) == 14
+    for name, layer in a.items():
+        q, other = read_4bit(layer).weight, read_4bit(b[name]).weight
+        assert q.absmax2 is None and torch.equal(q.data, other.data) and torch.equal(q.absmax, other.absmax)
+
+
+def test_command_line_takes_the_tokenizer_of_the_adapter(saved, tokenizer):
+    _, arguments, out = saved
+    tokenizer.save_pretrained(out.parent / "adapter")
+    assert cli.main(["merge", *arguments]) == 0
+    assert (out / "tokenizer_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda a: a[1:], "model_name_or_path: expected a folder or hub id, got nothing; add model_name_or_path=..."),
+        (lambda a: [*a, "lora=x"], "merge: expected key=value with a key of model_name_or_path, "),
+        (lambda a: [*a, "requantize=7"], "requantize: expected true or false, got '7'"),
+        (lambda a: [*a, "infer_dtype=int8"], "infer_dtype: expected one of bfloat16, float16, float32, got 'int8'"),
+        (lambda a: [*a, "quantization_type=nf3"], "quant_type: expected one of ('nf4', 'fp4'), got 'nf3'"),
+        (lambda a: [a[0].replace("base", "none"), *a[1:]], "model_name_or_path: expected a model, got "),
+        (lambda a: [a[0], a[1].replace("/adapter", "/base"), a[2]], "adapter_config"),
+        (lambda a: [*a[:2], a[2].replace("merged", "base")], "export_dir: expected an empty folder or none"),
+    ],
+)
+def test_command_line_refuses_bad_input_in_one_line(saved, capsys, change, words):
+    _, arguments, out = saved
+    assert cli.main(["merge", *change(arguments)]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not out.exists()
