@@ -20,17 +20,19 @@ struct Kernels {
   decltype(&scalar::cross_entropy) cross_entropy;
   decltype(&scalar::dequantize_4bit) dequantize_4bit;
   decltype(&scalar::quantize_4bit) quantize_4bit;
+  decltype(&scalar::gemm) gemm;
   decltype(&scalar::philox) philox;
 };
 
 #define FUSELORA_KERNELS(isa)                                                                      \
   {#isa, isa::rms_norm, isa::rms_norm_bwd, isa::dropout, isa::glu, isa::glu_bwd, isa::rope,        \
-   isa::cross_entropy, isa::dequantize_4bit, isa::quantize_4bit, isa::philox}
+   isa::cross_entropy, isa::dequantize_4bit, isa::quantize_4bit, isa::gemm, isa::philox}
 
 const Kernels kScalar = FUSELORA_KERNELS(scalar);
 #if defined(__x86_64__)
 const Kernels kAvx2 = FUSELORA_KERNELS(avx2);
 const Kernels kAvx512 = FUSELORA_KERNELS(avx512);
+const Kernels kAvx512Bf16 = FUSELORA_KERNELS(avx512_bf16);
 
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -40,6 +42,8 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 // The best instruction set of this machine, or the one that FUSELORA_CPU_ISA names; nullptr if it isn't there.
@@ -47,6 +51,7 @@ const Kernels* choose() {
   const char* forced = std::getenv("FUSELORA_CPU_ISA");
   const bool any = forced == nullptr || *forced == '\0';
 #if defined(__x86_64__)
+  if ((any || std::strcmp(forced, "avx512_bf16") == 0) && has_avx512_bf16()) return &kAvx512Bf16;
   if ((any || std::strcmp(forced, "avx512") == 0) && has_avx512()) return &kAvx512;
   if ((any || std::strcmp(forced, "avx2") == 0) && has_avx2()) return &kAvx2;
 #endif
@@ -56,7 +61,8 @@ const Kernels* choose() {
 const Kernels* kernels() {
   static const Kernels* chosen = choose();
   if (chosen == nullptr)
-    fail(FUSELORA_BAD_ISA, "FUSELORA_CPU_ISA: expected scalar, or avx2 or avx512 where the CPU has it, got '%s'; unset it",
+    fail(FUSELORA_BAD_ISA,
+         "FUSELORA_CPU_ISA: expected scalar, or avx2, avx512 or avx512_bf16 where the CPU has it, got '%s'; unset it",
          std::getenv("FUSELORA_CPU_ISA"));
   return chosen;
 }
@@ -69,6 +75,18 @@ struct Free {
   void operator()(float* p) const { std::free(p); }
 };
 using Scratch = std::unique_ptr<float, Free>;
+
+// Grows to the largest request of its thread and is freed with it: a product takes half a megabyte per thread, which
+// malloc would map and unmap, page by page, at every call.
+char* gemm_workspace(int64_t bytes) {
+  static thread_local Scratch memory;
+  static thread_local int64_t size = 0;
+  if (size < bytes) {
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, size_t(bytes))));
+    size = memory ? bytes : 0;
+  }
+  return reinterpret_cast<char*>(memory.get());
+}
 
 Scratch scratch(int64_t count) { return Scratch(static_cast<float*>(std::malloc(size_t(count) * sizeof(float)))); }
 
@@ -194,7 +212,7 @@ int32_t fuselora_dequantize_4bit(void* out, const uint8_t* data, const void* abs
                 static_cast<long long>(n), static_cast<long long>(blocksize), static_cast<long long>(blocksize2), dtype,
                 absmax2 ? "nested" : "plain");
   if (!kernels()) return FUSELORA_BAD_ISA;
-  kernels()->dequantize_4bit({out, data, absmax, code, absmax2, code2, offset, n, blocksize, blocksize2, dtype, threads});
+  kernels()->dequantize_4bit({out, {data, absmax, code, absmax2, code2, offset, blocksize, blocksize2}, n, dtype, threads});
   return FUSELORA_OK;
 }
 
@@ -205,6 +223,35 @@ int32_t fuselora_quantize_4bit(uint8_t* data, float* absmax, const void* w, cons
                 static_cast<long long>(n), static_cast<long long>(blocksize), dtype);
   if (!kernels()) return FUSELORA_BAD_ISA;
   kernels()->quantize_4bit({data, absmax, w, bounds, order, n, blocksize, dtype, threads});
+  return FUSELORA_OK;
+}
+
+static bool is_term(const fuselora_gemm_term& t) {
+  const bool weight = t.quantized ? is_blocksize(t.quantized->blocksize) && t.quantized->blocksize2 >= 1
+                                  : t.b && is_dtype(t.b_dtype);
+  return t.a && weight && t.k >= 1;
+}
+
+int32_t fuselora_gemm(void* out, int64_t out_row, int64_t out_col, int32_t out_dtype, int64_t m, int64_t n,
+                      const fuselora_gemm_term* terms, int32_t count, const void* bias, double alpha, int32_t dtype,
+                      int32_t threads) {
+  if (m < 0 || n < 0 || count < 1 || !is_dtype(dtype) || !is_dtype(out_dtype) || (out_row != 1 && out_col != 1))
+    return fail(FUSELORA_BAD_ARGUMENT, "gemm: bad argument: m %lld, n %lld, %d terms, dtypes %d %d, strides %lld %lld",
+                static_cast<long long>(m), static_cast<long long>(n), count, dtype, out_dtype,
+                static_cast<long long>(out_row), static_cast<long long>(out_col));
+  for (int32_t i = 0; i < count; ++i)
+    if (!is_term(terms[i]))
+      return fail(FUSELORA_BAD_ARGUMENT, "gemm: bad argument: term %d: k %lld, right dtype %d, %s", i,
+                  static_cast<long long>(terms[i].k), terms[i].b_dtype, terms[i].quantized ? "4-bit" : "dense");
+  if (!kernels()) return FUSELORA_BAD_ISA;
+  if (m == 0 || n == 0) return FUSELORA_OK;
+  const int32_t team_size = threads < 1 ? 1 : threads;
+  char* workspace = gemm_workspace(team_size * kGemmWorkspace);
+  if (!workspace)
+    return fail(FUSELORA_OUT_OF_MEMORY, "gemm: no memory for %lld bytes",
+                static_cast<long long>(team_size * kGemmWorkspace));
+  kernels()->gemm({out, out_row, out_col, m, n, terms, count, bias, static_cast<float>(alpha), out_dtype, dtype, team_size,
+                   workspace});
   return FUSELORA_OK;
 }
 

@@ -4,8 +4,8 @@
 plain name, so loaded after torch it shares torch's OpenMP runtime and thread pool.
 
 Without the library everything imports and runs: ``reason()`` says what is missing and how to get it, the ops stay on
-their references, and only a direct call raises. FUSELORA_CPU_ISA=scalar|avx2|avx512 forces an instruction set; one that
-this CPU does not have raises.
+their references, and only a direct call raises. FUSELORA_CPU_ISA=scalar|avx2|avx512|avx512_bf16 forces an instruction
+set; one that this CPU does not have raises.
 """
 
 from __future__ import annotations
@@ -118,6 +118,15 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(c_int32, c_int32),  # dtype, threads
         ),
     ),
+    "fuselora_gemm": (
+        c_int32,
+        (
+            *(c_void_p, c_int64, c_int64, c_int32),  # out, out_row, out_col, out_dtype
+            *(c_int64, c_int64),  # m, n
+            *(c_void_p, c_int32),  # terms, count
+            *(c_void_p, c_double, c_int32, c_int32),  # bias, alpha, dtype, threads
+        ),
+    ),
     "fuselora_philox": (None, (POINTER(c_uint32), POINTER(c_uint32), POINTER(c_uint32))),  # out, counter, key
 }
 
@@ -168,7 +177,7 @@ def library() -> ctypes.CDLL:
 
 
 def isa() -> str:
-    """The instruction set that the native CPU ops run with: scalar, avx2 or avx512."""
+    """The instruction set that the native CPU ops run with: scalar, avx2, avx512 or avx512_bf16."""
     return library().fuselora_cpu_isa().decode()
 
 

@@ -117,15 +117,20 @@ struct CrossEntropy {
 
 constexpr int64_t kMaxBlocksize = 4096;
 
-struct Dequantize4bit {
-  void* out;
+struct Weight4bit {
   const uint8_t* data;
   const void* absmax;  // fp32, or bytes with absmax2
   const float* code;
   const float* absmax2;
   const float* code2;
   const float* offset;
-  int64_t n, blocksize, blocksize2;
+  int64_t blocksize, blocksize2;
+};
+
+struct Dequantize4bit {
+  void* out;
+  Weight4bit weight;
+  int64_t n;
   int32_t dtype, threads;
 };
 
@@ -139,6 +144,24 @@ struct Quantize4bit {
   int32_t dtype, threads;
 };
 
+using GemmTerm = fuselora_gemm_term;
+
+// Rows whose sums rest in fp32 between segments of the depth; a thread's memory: those of a block and a panel's bias,
+// and a panel.
+constexpr int64_t kGemmRows = 1024, kGemmSumsBytes = (kGemmRows + 32) * 64 * 4, kGemmPanelBytes = (1280 + 64) * 64 * 2;
+constexpr int64_t kGemmWorkspace = kGemmSumsBytes + kGemmPanelBytes;
+
+struct Gemm {
+  void* out;
+  int64_t out_row, out_col, m, n;
+  const GemmTerm* terms;
+  int count;
+  const void* bias;
+  float alpha;
+  int32_t out_dtype, dtype, threads;
+  char* workspace;  // [threads, kGemmWorkspace] bytes
+};
+
 #define FUSELORA_DECLARE(isa)              \
   namespace isa {                          \
   void rms_norm(const RmsNorm& a);         \
@@ -150,6 +173,7 @@ struct Quantize4bit {
   void cross_entropy(const CrossEntropy& a); \
   void dequantize_4bit(const Dequantize4bit& a); \
   void quantize_4bit(const Quantize4bit& a); \
+  void gemm(const Gemm& a);                \
   void philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]); \
   }
 
@@ -157,6 +181,7 @@ FUSELORA_DECLARE(scalar)
 #if defined(__x86_64__)
 FUSELORA_DECLARE(avx2)
 FUSELORA_DECLARE(avx512)
+FUSELORA_DECLARE(avx512_bf16)
 #endif
 #undef FUSELORA_DECLARE
 

@@ -35,7 +35,7 @@ FUSELORA_API int32_t fuselora_abi_version(void);
 /* The last failure on this thread, "" if there was none. Valid until the next failure on this thread. */
 FUSELORA_API const char* fuselora_last_error(void);
 
-/* The instruction set in use: "scalar", "avx2" or "avx512"; NULL if FUSELORA_CPU_ISA asks for one that is not there. */
+/* The instruction set in use: "scalar", "avx2", "avx512" or "avx512_bf16"; NULL if FUSELORA_CPU_ISA asks for one that is not there. */
 FUSELORA_API const char* fuselora_cpu_isa(void);
 
 /* RMSNorm forward with optional residual add; formulas and rounding in kernels/rms_norm.py.
@@ -100,6 +100,37 @@ FUSELORA_API int32_t fuselora_dequantize_4bit(void* out, const uint8_t* data, co
 FUSELORA_API int32_t fuselora_quantize_4bit(uint8_t* data, float* absmax, const void* w, const float bounds[15],
                                             const uint8_t order[16], int64_t n, int64_t blocksize, int32_t dtype,
                                             int32_t threads);
+
+/* A 4-bit weight: the operands of fuselora_dequantize_4bit. */
+typedef struct fuselora_weight_4bit {
+  const uint8_t* data;
+  const void* absmax;
+  const float* code;
+  const float* absmax2;
+  const float* code2;
+  const float* offset;
+  int64_t blocksize, blocksize2;
+} fuselora_weight_4bit;
+
+/* A B, A [m, k] and B [k, n]. A: of the product's dtype, with a row stride. B: if b_by_rows its row k is at
+ * b + k * b_stride, else its column j is at b + j * b_stride (a linear's weight). It is of b_dtype, and means
+ * round(scale * B), or with rest what that rounding to the product's dtype left; or, with quantized (not NULL), it is
+ * that weight with rows of b_stride elements. */
+typedef struct fuselora_gemm_term {
+  const void* a;
+  int64_t a_row, k;
+  const void* b;
+  const fuselora_weight_4bit* quantized;
+  int64_t b_stride;
+  double scale;
+  int32_t b_dtype, b_by_rows, rest, reserved;
+} fuselora_gemm_term;
+
+/* out = alpha * sum over terms of A B + bias, accumulated in fp32 and rounded once. out: [m, n] of out_dtype with strides,
+ * one of which is 1; bias (or NULL): [n] of dtype. Keeps up to 0.5 MB per thread for the calling thread's next call. */
+FUSELORA_API int32_t fuselora_gemm(void* out, int64_t out_row, int64_t out_col, int32_t out_dtype, int64_t m, int64_t n,
+                                   const fuselora_gemm_term* terms, int32_t count, const void* bias, double alpha,
+                                   int32_t dtype, int32_t threads);
 
 /* One Philox-4x32-10 block, for known-answer tests: out = philox(counter, key). */
 FUSELORA_API void fuselora_philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]);

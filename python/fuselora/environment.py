@@ -20,7 +20,7 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbyt
 SWITCHES = {
     ENV_IMPL: "op=tag[,op=tag]: force an implementation, * for all ops that have it",
     choices.ENV_GEMM: "addmm or triton: force a candidate of the LoRA GEMMs on a GPU, see kernels/gpu/lora_matmul.py",
-    native.ENV_ISA: "scalar, avx2 or avx512: force the instruction set of native CPU ops",
+    native.ENV_ISA: "scalar, avx2, avx512 or avx512_bf16: force the instruction set of native CPU ops",
     "FUSELORA_SKIP_NATIVE": "1: install without building the native library",
 }
 

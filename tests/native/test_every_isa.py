@@ -11,14 +11,14 @@ from fuselora.kernels import native
 
 pytestmark = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
 ROOT = Path(__file__).parents[2]
-FILES = sorted(Path(__file__).parent / f"test_{family}.py" for family in ("glu", "rope", "cross_entropy"))
+FILES = sorted(Path(__file__).parent / f"test_{family}.py" for family in ("glu", "rope", "cross_entropy", "attention"))
 FORMAT = ROOT / "tests/kernels/test_nf4.py"
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
 def test_families(isa):
     environment = {**os.environ, "FUSELORA_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    selected = "native or same_b or (glu or rope or cross or prob) and numerics_rule"
+    selected = "native or same_b or (glu or rope or cross or prob or attention) and numerics_rule"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", selected]
     command += map(str, [*FILES, FORMAT, ROOT / "tests/kernels/test_contract.py"])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, cwd=ROOT)

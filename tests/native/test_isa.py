@@ -11,7 +11,7 @@ import pytest
 from fuselora.kernels import native
 
 pytestmark = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 
 
 @functools.cache
