@@ -9,6 +9,7 @@ anything is loaded or written.
 
 from __future__ import annotations
 
+import functools
 import json
 import typing
 from collections.abc import Iterator
@@ -41,8 +42,13 @@ class Config(EvalKeys, TrainKeys, OutputKeys, DataKeys, MethodKeys, ModelKeys):
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, coerce(f, HINTS[f.name], getattr(self, f.name)))
+            object.__setattr__(self, f.name, coerce(f, hints(type(self))[f.name], getattr(self, f.name)))
         check(self)
+
+    def required(self) -> dict[str, str]:
+        """The keys that must be given, and what each is."""
+        needed = {"model_name_or_path": "a hub id, a folder or `quickstart`", "output_dir": "a folder"}
+        return needed | ({"dataset": "a name in dataset_info.json or `quickstart`"} if self.do_train else {})
 
     @property
     def alpha(self) -> int:
@@ -68,13 +74,22 @@ class Config(EvalKeys, TrainKeys, OutputKeys, DataKeys, MethodKeys, ModelKeys):
 HINTS = typing.get_type_hints(Config)
 
 
+@functools.cache
+def hints(kind: type[Config]) -> dict[str, Any]:
+    """The types of the keys of ``Config`` or of a command's own kind of it."""
+    return typing.get_type_hints(kind)
+
+
 def load_config(arguments: list[str]) -> Config:
     """Read ``[file] [key=value ...]``; later ones win."""
     return read_config(arguments)[0]
 
 
-def read_config(arguments: list[str]) -> tuple[Config, Sorting]:
-    """Like ``load_config``, with what became of every key. ``file`` is YAML or JSON; --key value is accepted too."""
+def read_config(arguments: list[str], kind: type[Any] = Config) -> tuple[Any, Sorting]:
+    """Like ``load_config``, with what became of every key. ``file`` is YAML or JSON; --key value is accepted too.
+
+    ``kind`` is ``Config`` or a command's own kind of it, whose file may be one for training.
+    """
     values: dict[str, Any] = {}
     rest = list(arguments)
     if rest and not rest[0].startswith("--") and ("=" not in rest[0] or Path(rest[0]).is_file()):
@@ -84,8 +99,8 @@ def read_config(arguments: list[str]) -> tuple[Config, Sorting]:
             values[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise expected(key, "a YAML value", repr(text), f"quote it ({first_line(error)})") from error
-    ours, sorting = sort_keys(values, [f.name for f in fields(Config)])
-    return Config(**ours), sorting
+    ours, sorting = sort_keys(values, [f.name for f in fields(kind)])
+    return kind(**ours), sorting
 
 
 def _assignments(arguments: list[str]) -> Iterator[tuple[str, str]]:

@@ -33,10 +33,7 @@ def _check_choices(config: Config) -> None:
 
 
 def _check_required(config: Config) -> None:
-    needed = {"model_name_or_path": "a hub id, a folder or `quickstart`", "output_dir": "a folder"}
-    if config.do_train:
-        needed["dataset"] = "a name in dataset_info.json or `quickstart`"
-    for key, want in needed.items():
+    for key, want in config.required().items():
         if not getattr(config, key):
             raise expected(key, want, "nothing", f"add a line {key}: ...")
 

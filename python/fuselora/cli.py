@@ -2,6 +2,7 @@
 
 fuselora train [config.yaml] [key=value ...]     train.py
 fuselora verify [config.yaml] [key=value ...]    patched against stock against fp64 on the configured model
+fuselora export [config.yaml] [key=value ...]    adapters merged into the base: a model folder, GGUF if asked
 fuselora bench [step|ops|gate|report|predict]    bench/, in a clone: a training step by default
 fuselora merge model_name_or_path=... adapter_name_or_path=... export_dir=... [requantize=true]
                                                  LoRA into a 4-bit base: a dense model, or 4 bits again, and the drift
@@ -53,6 +54,22 @@ def _verify(arguments: list[str]) -> int:
 
 
 BENCHES = {"step": "train_step", "ops": "op_times", "gate": "gate", "report": "write_report", "predict": "predict"}
+
+
+def _export(arguments: list[str]) -> int:
+    """Exit code 1 if the exported model's logits are not those of base and adapter."""
+    from fuselora.engine.config import read_config
+    from fuselora.engine.config_export import ExportConfig
+    from fuselora.engine.export import export
+    from fuselora.engine.model import quiet_libraries
+
+    quiet_libraries()
+    config, sorting = read_config(arguments, ExportConfig)
+    print(sorting)
+    parity = export(config)
+    print(f"wrote {', '.join(sorted(p.name for p in Path(config.export_dir).iterdir()))} to {config.export_dir}")
+    print(parity)
+    return 0 if parity.ok else 1
 
 
 def _bench(arguments: list[str]) -> int:
@@ -114,6 +131,7 @@ def _config_docs(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "verify": _verify,
+    "export": _export,
     "bench": _bench,
     "merge": _merge,
     "env": _env,

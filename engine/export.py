@@ -1,0 +1,217 @@
+"""``fuselora export``: the adapter in the weights, as a model folder that needs neither PEFT nor fuselora.
+
+    W' = round(W + sum_j s_j B_j A_j),  summed in fp32, rounded once to the dtype of the export
+
+for each adapter of ``adapter_name_or_path`` in turn, on a base of any kind: a dense one, or a 4-bit one (with
+``quantization_bit: 4``, or quantised on disk), whose dequantised weights are then what the adapter was trained on. The
+folder gets safetensors in shards, configuration, tokenizer and chat template, and a GGUF file if asked.
+
+What was written is read back and its logits compared with those of base and adapter, both computed in fp32
+(fp32_compute.py). The difference is the rounding of W' to 16 bits; rounding while computing in 16 bits is several times
+larger, and a difference beyond that means that the export is not the model that was trained.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuselora.engine.adapters import check_base, load_adapter, merge_in_fp32
+from fuselora.engine.config import Config
+from fuselora.engine.config_export import ExportConfig
+from fuselora.engine.errors import UserError, expected, first_line
+from fuselora.engine.export_gguf import check_gguf, write_gguf
+from fuselora.engine.fingerprint import base_fingerprint, chain
+from fuselora.engine.fp32_compute import fp32_logits
+from fuselora.engine.kbit import keep_weights_in_place, linears_4bit
+from fuselora.engine.merge import merge_4bit
+from fuselora.engine.model import load_base, load_tokenizer, pick_device, resolve_base
+from fuselora.engine.output import save_model
+from fuselora.engine.patch import patch_model
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOKENS = (2, 64)  # of the comparison
+TARGET = 1e-3
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Logits of the exported model beside those of base and adapter, in fp32. ``rms`` and ``largest`` are relative to
+    the rms and the largest of the logits; ``computing`` is the rms that computing base and adapter in the export's
+    dtype makes.
+    """
+
+    rms: float
+    largest: float
+    computing: float
+    dtype: torch.dtype
+
+    @property
+    def ok(self) -> bool:
+        return self.rms <= max(TARGET, self.computing)
+
+    def __str__(self) -> str:
+        verdict, dtype = "ok" if self.ok else "FAILED", str(self.dtype).removeprefix("torch.")
+        return (
+            f"parity: {verdict}: logits differ from base and adapter by {self.rms:.2e} (rms) and {self.largest:.2e} "
+            f"(largest) of theirs; computing in {dtype} alone makes {self.computing:.2e}"
+        )
+
+
+def export(config: ExportConfig) -> Parity:
+    """Write ``export_dir`` and return how close what is there is to base and adapter.
+
+    Raises:
+        UserError: something about the keys, the base or an adapter; nothing has been written then.
+    """
+    folder = _check_folder(config)
+    base = resolve_base(config)
+    tokenizer = load_tokenizer(base, config)
+    device = pick_device(config) if config.export_device == "auto" else torch.device("cpu")
+    model, dtype = _load(base, config, device)
+    if config.export_gguf:
+        check_gguf(model.config, tokenizer)
+    ids = _tokens(model)
+    model = _apply_all_but_last(model, base, config)
+    before = fp32_logits(model, ids)
+    computing = _relative_rms(_logits_in(model, ids, dtype) - before, before)
+    merged = _untie(_merge(model, dtype))
+    _write(merged, tokenizer, folder, dtype, config)
+    if config.export_gguf:
+        write_gguf(merged, tokenizer, folder, config.export_gguf)
+    del model, merged
+    gc.collect()
+    after = fp32_logits(_read_back(folder, device), ids)
+    difference = after - before
+    largest = (difference.abs().max() / before.abs().max()).item()
+    return Parity(_relative_rms(difference, before), largest, computing, dtype)
+
+
+def _check_folder(config: ExportConfig) -> Path:
+    folder = Path(config.export_dir).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not config.overwrite_output_dir:
+        raise expected(
+            "export_dir", "a new or empty folder", repr(str(folder)), "choose another or set overwrite_output_dir: true"
+        )
+    return folder
+
+
+def _load(base: str, config: ExportConfig, device: torch.device) -> tuple[Any, torch.dtype]:
+    """The base and the dtype of the export: the one asked for, else that of the base's file."""
+    from transformers import AutoConfig
+
+    wish = DTYPES.get(config.export_dtype)
+    stored = AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code).dtype
+    dtype = wish or (stored if stored in DTYPES.values() else torch.bfloat16)
+    if config.quantization_bit and not wish:
+        dtype = torch.bfloat16
+    model: Any = load_base(base, config, dtype if config.quantization_bit else stored or dtype)
+    if getattr(model, "is_quantized", False) and not any(linears_4bit(model)):
+        raise expected(
+            "model_name_or_path",
+            "a dense base or one in bitsandbytes' 4 bits",
+            "another quantisation",
+            "name the dense base",
+        )
+    keep_weights_in_place(model)
+    return (model if getattr(model, "is_quantized", False) else model.to(device)), dtype
+
+
+def _apply_all_but_last(model: Any, base: str, config: Config) -> Any:
+    """The model with its last adapter on, the others merged."""
+    fingerprint = base_fingerprint(base, config.cache_dir)
+    paths = config.adapter_name_or_path
+    for i, path in enumerate(paths):
+        _check_plain(path)
+        check_base(path, fingerprint, check=config.check_base)
+        model = load_adapter(model, path)
+        if i + 1 < len(paths):
+            if any(linears_4bit(model)):
+                raise expected("adapter_name_or_path", "one adapter on a 4-bit base", len(paths), "export one by one")
+            model = merge_in_fp32(model)
+            fingerprint = fingerprint and chain(fingerprint, Path(path) / "adapter_model.safetensors")
+    if any(linears_4bit(model)):
+        patch_model(model)  # bitsandbytes' own CPU code misreads rows that are no whole blocks
+    return model
+
+
+def _check_plain(path: str) -> None:
+    """A checkpoint of a PiSSA run holds an adapter of W_res, which no file has."""
+    from peft import PeftConfig
+
+    if (Path(path).expanduser() / "adapter_config.json").is_file():
+        start = getattr(PeftConfig.from_pretrained(path), "init_lora_weights", True)
+        if isinstance(start, str) and start.startswith(("pissa", "olora", "corda")):
+            raise expected(
+                "adapter_name_or_path",
+                "an adapter of the base itself",
+                f"{path!r}, which began with {start} and changed the base",
+                "name the output_dir of the finished run, which holds a plain one",
+            )
+
+
+def _merge(model: Any, dtype: torch.dtype) -> Any:
+    if not hasattr(model, "peft_config"):
+        return model
+    if any(linears_4bit(model)):
+        try:
+            return merge_4bit(model, dtype=dtype).model
+        except ValueError as error:
+            raise UserError(f"adapter_name_or_path: {first_line(error)}") from error
+    return merge_in_fp32(model)
+
+
+def _untie(model: Any) -> Any:
+    """A head that was trained apart from tied embeddings is a weight of its own from now on."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if getattr(model.config, "tie_word_embeddings", False) and head is not None:
+        if head.weight is not embeddings.weight and not torch.equal(head.weight, embeddings.weight):
+            model.config.tie_word_embeddings = False
+    return model
+
+
+def _write(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, config: ExportConfig) -> None:
+    """All files, under another name until they are complete."""
+    staging = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    model.config.use_cache = True
+    save_model(model, staging, dtype, max_shard_size=f"{config.export_size}GB")
+    tokenizer.save_pretrained(staging)
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+
+
+def _read_back(folder: Path, device: torch.device) -> Any:
+    """What stock transformers makes of the folder; every weight must be there, and no other."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise UserError(f"export_dir: expected the weights of the model, got {kind} {sorted(info[kind])[0]!r}")
+    return model.to(device)
+
+
+def _tokens(model: Any) -> Tensor:
+    weight = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(weight.shape[0], TOKENS, generator=generator).to(weight.device)
+
+
+@torch.no_grad()
+def _logits_in(model: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float32:
+        return fp32_logits(model, ids)
+    with torch.autocast(ids.device.type, dtype):
+        return model.eval()(input_ids=ids, use_cache=False).logits.float()
+
+
+def _relative_rms(difference: Tensor, of: Tensor) -> float:
+    return (difference.square().mean().sqrt() / of.square().mean().sqrt()).item()
