@@ -20,7 +20,7 @@ else
 SETUP := $(VENV)/.installed
 endif
 
-.PHONY: setup train test aot test-peft test-transformers test-compat bench gate lint format native gpu gpu-smoke clean
+.PHONY: setup train test aot test-peft test-transformers test-compat bench bench-all gate lint format native gpu gpu-smoke clean
 
 setup: $(SETUP)
 
@@ -57,6 +57,10 @@ test-transformers: $(VENV)/.peft-suite
 $(VENV)/.peft-suite: $(SETUP)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,peft-suite]'
 	touch $@
+
+# The whole suite on the CPU, about 20 minutes: build/bench/report.md.
+bench-all: $(SETUP)
+	$(PY) bench/bench_all.py
 
 # Slower, larger or wrong against the merge base (the commit before, on main)? A few rounds; more: bench/gate.py --rounds.
 gate: $(SETUP)

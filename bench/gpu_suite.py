@@ -13,7 +13,8 @@
     steps     whole training steps against stock PEFT and torch.compile (train_step.py)
 
 Each stage is a process with its share of the time that is left, and writes its own JSON as it goes, so that a stage
-that crashes or runs out of time costs only its own rest. What is missing on the machine is named, not hidden. Needs no
+that crashes or runs out of time costs only its own rest; started again by the same commit, the suite goes on with what
+is not measured yet. What is missing on the machine is named, not hidden. Needs no
 installation: ``PYTHONPATH=python python bench/gpu_suite.py`` in a checkout with torch, triton, transformers and peft.
 Exits with 1 if a stage failed.
 """
@@ -30,6 +31,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import report
 import suite_table
 import torch
 
@@ -41,8 +43,13 @@ MEASURED = {"first": "first_run.py", "choices": "choose_gemm.py", "layer": "laye
 STEP_RUNS = (
     ("llama-3-8b", ("--checkpointing", "--rounds", "5"), 100),
     ("llama-3-8b", ("--rounds", "5"), 90),
+    ("llama-3-8b", ("--quantize", "nf4", "--prepared", "--checkpointing", "--rounds", "5"), 100),
+    ("llama-3-8b", ("--quantize", "nf4", "--checkpointing", "--rounds", "5"), 100),
     ("llama-3-8b", ("--rounds", "5", "--batch", "2", "--seq", "256"), 60),
+    ("llama-3-8b", ("--rounds", "5", "--packed", "--checkpointing"), 90),
+    ("llama-3-8b", ("--rounds", "3", "--batch", "1", "--lengths", "8192", "32768", "--checkpointing"), 150),
     ("qwen3-4b", ("--rounds", "5"), 90),
+    ("gemma-2-9b", ("--rounds", "3", "--checkpointing"), 120),
 )
 
 
@@ -105,6 +112,9 @@ class Suite:
         baselines = ["peft"] if self.args.smoke else ["peft", "peft-bf16", "peft-compile"]
         ok = True
         for i, (preset, more, expected) in enumerate(runs):
+            if report.of_this_commit(self.out / f"steps-{i}.json"):
+                print(f"steps: {preset} {' '.join(more)}: measured before by this commit")
+                continue
             if self.left < expected:
                 self.results.setdefault("steps", {"runs": []}).setdefault("skipped", []).append([preset, *more])
                 print(f"steps: {preset} {' '.join(more)} skipped, {self.left:.0f} s left of {expected} s needed")

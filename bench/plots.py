@@ -86,32 +86,29 @@ def sweeps(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return found
 
 
-def lengths(name: str, runs: Sequence[Run], path: Path) -> None:
-    """Tokens/s and memory over the tokens of a row, one line per side."""
-    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    names = list(dict.fromkeys(side["name"] for run in runs for side in run["sides"]))
-    for i, side_name in enumerate(names):
-        ours = side_name.startswith("fuselora")
-        style = {
-            "color": OURS if ours else COLOURS[i % len(COLOURS)],
-            "label": side_name,
-            "marker": "o" if ours else "s",
-        }
-        style |= {"linewidth": 2.2 if ours else 1.4}
-        points = [(run["model"]["seq"], side) for run in runs for side in run["sides"] if side["name"] == side_name]
-        speed.plot([seq for seq, _ in points], [side["tokens_per_s"] for _, side in points], **style)
-        used = [(seq, side["memory"]["above"] / 2**20) for seq, side in points if side["memory"]]
-        memory.plot([seq for seq, _ in used], [mib for _, mib in used], **style)
-    for axes, unit in ((speed, "tokens/s"), (memory, "peak above the model, MiB")):
+def lengths(name_of_sweep: str, runs: Sequence[Run], path: Path) -> None:
+    """Tokens/s and, where it was measured, memory over the tokens of a row, one line per side."""
+    by_length = {run["model"]["seq"]: {side["name"]: side for side in run["sides"]} for run in runs}
+    weighed = all(side["memory"] for sides in by_length.values() for side in sides.values())
+    units = ("tokens/s", "peak above the model, MiB") if weighed else ("tokens/s",)
+    figure, panels = pyplot.subplots(1, len(units), figsize=(5.5 * len(units), 4), layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(name for sides in by_length.values() for name in sides))
+    for axes, unit in zip(panels[0], units, strict=True):
+        for i, name in enumerate(names):
+            ours = name.startswith("fuselora")
+            style = {"color": OURS if ours else COLOURS[i % len(COLOURS)], "marker": "o" if ours else "s"}
+            points = [(seq, sides[name]) for seq, sides in by_length.items() if name in sides]
+            values = [s["tokens_per_s"] if unit == "tokens/s" else s["memory"]["above"] / 2**20 for _, s in points]
+            axes.plot([seq for seq, _ in points], values, label=name, linewidth=2.2 if ours else 1.4, **style)
         axes.set_xscale("log", base=2)
-        ticks = [run["model"]["seq"] for run in runs]
-        axes.set_xticks(ticks, [str(seq) for seq in ticks])
+        axes.set_xticks(list(by_length), [str(seq) for seq in by_length])
+        axes.minorticks_off()
         axes.set_xlabel("tokens per row")
         axes.set_ylabel(unit)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    speed.legend(fontsize=8, frameon=False)
-    figure.suptitle(f"{name}: length", fontsize=11)
+    panels[0][0].legend(fontsize=8, frameon=False)
+    figure.suptitle(f"{name_of_sweep}: length", fontsize=11)
     _finish(figure, None, path)
 
 

@@ -26,7 +26,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.date.today().isoformat(),
-        "git": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
+        "git": git_state(),
         "machine": machine(device),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -38,6 +38,20 @@ def environment(device: torch.device) -> dict[str, Any]:
         "allocator": allocator_settings(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the checkout, and whether it has changes that are not committed."""
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
+
+
+def of_this_commit(path: Path) -> dict[str, Any] | None:
+    """The record at ``path`` if it was made by this very code, else None."""
+    state = git_state()
+    if state["dirty"] or not state["commit"] or not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    return record if record.get("environment", {}).get("git") == state else None
 
 
 def machine(device: torch.device) -> str:

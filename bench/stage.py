@@ -2,7 +2,8 @@
 
 A stage is a process of its own, because a failing kernel takes its process down; what was measured before is already
 in ``<out>/<stage>.json``. A measurement that fails becomes an entry with its error and the stage goes on, unless the
-device itself is lost.
+device itself is lost. A stage that is started again by the same commit, without changes, on the same machine goes on:
+entries without an error are kept.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Stage:
             "smoke": self.smoke,
             "environment": environment,
             "machine": self.limits,
-            "entries": [],
+            "entries": self._kept(environment),
             "skipped": [],
         }
         self.save()
@@ -57,6 +58,9 @@ class Stage:
 
     def measure(self, name: str, fn: Callable[..., dict[str, Any]], *args: Any, seconds: float = 0.0) -> None:
         """Add ``fn(*args)``'s figures under ``name``; skip it when fewer than ``seconds`` are left. Print one line."""
+        if any(entry["name"] == name for entry in self.record["entries"]):
+            print(f"{name:48} measured before", flush=True)
+            return
         if self.left < seconds:
             self.record["skipped"].append(name)
             entry = None
@@ -72,6 +76,17 @@ class Stage:
         self.save()
         if entry and "error" in entry and self._device_is_lost():
             raise SystemExit("the device does not answer any more: this stage ends here")
+
+    def _kept(self, environment: dict[str, Any]) -> list[dict[str, Any]]:
+        before = report.of_this_commit(self.path)
+        if (
+            before is None
+            or before["smoke"]
+            or self.smoke
+            or before["environment"]["machine"] != environment["machine"]
+        ):
+            return []
+        return [entry for entry in before["entries"] if "error" not in entry]
 
     def save(self) -> None:
         """Write the record so that a reader never sees half of it."""

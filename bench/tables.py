@@ -201,19 +201,19 @@ def methods(folder: Path) -> str:
         record = json.loads(path.read_text())
         for e in record.get("entries", ()) if record.get("stage") == "methods" else ():
             if "error" in e:
-                rows.append((f"`{e['name']}`", e["error"], "", "", "", ""))
+                rows.append((e["name"], e["error"], "", "", "", ""))
                 continue
             rows.append(
                 (
-                    f"`{e['name']}`",
+                    e["name"],
                     f"{e['trainable']:,}",
                     f"{e['loss_before']:.3f} -> **{e['loss']:.3f}**",
                     f"{e['tokens_per_s']:.0f}",
-                    f"{e['peak_above'] / 2**20:.0f}",
+                    f"{e['peak_resident'] / 2**20:.0f}",
                     f"{e['saved_bytes'] / 2**20:.1f}",
                 )
             )
-    header = ("method", "trained weights", "held-out loss", "tokens/s", "MiB above the model", "MiB saved")
+    header = ("method", "trained weights", "held-out loss", "tokens/s", "peak MiB of the process", "MiB saved")
     return markdown(header, rows)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import gpu_suite
 import op_times
 import pytest
+import report
 import suite_table
 from rivals import Missing, rivals
 from stage import Stage
@@ -58,6 +59,23 @@ def test_a_failed_measurement_is_recorded_and_the_next_one_runs(stage):
         {"name": "good", "seconds": 1.0},
     ]
     assert record["skipped"] == ["too long"] and stage.exit_code() == 1
+
+
+def test_a_stage_goes_on_where_the_same_commit_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py", "--out", str(tmp_path), "--device", "cpu"])
+    monkeypatch.setattr("stage.limits", lambda watch, smoke: {})
+    state = {"commit": "a" * 40, "dirty": False}
+    monkeypatch.setattr(report, "git_state", lambda: dict(state))
+    first = Stage("demo", None)
+    first.measure("good", lambda: {"seconds": 1.0})
+    first.measure("bad", lambda: 1 // 0)
+    again = Stage("demo", None)
+    again.measure("good", lambda: {"seconds": 2.0})
+    again.measure("bad", lambda: {"seconds": 3.0})
+    found = {entry["name"]: entry["seconds"] for entry in json.loads(again.path.read_text())["entries"]}
+    assert found == {"good": 1.0, "bad": 3.0}
+    state["commit"] = "b" * 40
+    assert Stage("demo", None).record["entries"] == []
 
 
 def test_a_wrong_kernel_gets_no_figure(stage, monkeypatch):
