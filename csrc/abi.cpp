@@ -21,12 +21,15 @@ struct Kernels {
   decltype(&scalar::dequantize_4bit) dequantize_4bit;
   decltype(&scalar::quantize_4bit) quantize_4bit;
   decltype(&scalar::gemm) gemm;
+  decltype(&scalar::attention) attention;
+  decltype(&scalar::attention_bwd) attention_bwd;
   decltype(&scalar::philox) philox;
 };
 
 #define FUSELORA_KERNELS(isa)                                                                      \
   {#isa, isa::rms_norm, isa::rms_norm_bwd, isa::dropout, isa::glu, isa::glu_bwd, isa::rope,        \
-   isa::cross_entropy, isa::dequantize_4bit, isa::quantize_4bit, isa::gemm, isa::philox}
+   isa::cross_entropy, isa::dequantize_4bit, isa::quantize_4bit, isa::gemm, isa::attention,     \
+   isa::attention_bwd, isa::philox}
 
 const Kernels kScalar = FUSELORA_KERNELS(scalar);
 #if defined(__x86_64__)
@@ -89,6 +92,50 @@ char* gemm_workspace(int64_t bytes) {
 }
 
 Scratch scratch(int64_t count) { return Scratch(static_cast<float*>(std::malloc(size_t(count) * sizeof(float)))); }
+
+// Memory that a thread keeps for its next calls, as steps repeat: fresh pages cost a fault each. What is larger than kKept
+// is given back after the call.
+constexpr size_t kKept = size_t(32) << 20;
+
+class Workspace {
+ public:
+  ~Workspace() { std::free(memory_); }
+  // `count` floats aligned to 64 bytes, or nullptr.
+  float* take(int64_t count) {
+    const size_t bytes = (size_t(count) * sizeof(float) + 63) / 64 * 64;
+    if (bytes > bytes_) {
+      std::free(memory_);
+      memory_ = std::aligned_alloc(64, bytes);
+      bytes_ = memory_ ? bytes : 0;
+    }
+    return static_cast<float*>(memory_);
+  }
+  void trim() {
+    if (bytes_ <= kKept) return;
+    std::free(memory_);
+    memory_ = nullptr;
+    bytes_ = 0;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+thread_local Workspace workspace;
+
+// Why attention can't take these arguments, or FUSELORA_OK.
+int32_t check_attention(const char* op, const Attention& a) {
+  const bool sizes = a.batch >= 0 && a.heads >= 1 && a.kv_heads >= 1 && a.heads % a.kv_heads == 0 && a.length >= 0 &&
+                     a.keys >= 0 && a.keys < (1 << 24) && a.width >= 2 && a.width % 2 == 0;
+  if (sizes && is_dtype(a.dtype) && a.scale > 0 && a.window >= 0 && a.softcap >= 0) return FUSELORA_OK;
+  return fail(FUSELORA_BAD_ARGUMENT,
+              "%s: bad argument: batch %lld, heads %lld %lld, lengths %lld %lld, width %lld, dtype %d, scale %g, window "
+              "%lld, softcap %g",
+              op, static_cast<long long>(a.batch), static_cast<long long>(a.heads), static_cast<long long>(a.kv_heads),
+              static_cast<long long>(a.length), static_cast<long long>(a.keys), static_cast<long long>(a.width), a.dtype,
+              a.scale, static_cast<long long>(a.window), a.softcap);
+}
 
 }  // namespace
 }  // namespace fuselora
@@ -252,6 +299,41 @@ int32_t fuselora_gemm(void* out, int64_t out_row, int64_t out_col, int32_t out_d
                 static_cast<long long>(team_size * kGemmWorkspace));
   kernels()->gemm({out, out_row, out_col, m, n, terms, count, bias, static_cast<float>(alpha), out_dtype, dtype, team_size,
                    workspace});
+  return FUSELORA_OK;
+}
+
+int32_t fuselora_attention(void* out, float* lse, const void* q, const void* k, const void* v, const int32_t* ranges,
+                           int64_t batch, int64_t heads, int64_t kv_heads, int64_t length, int64_t keys, int64_t width,
+                           const int64_t strides[9], int32_t dtype, double scale, int32_t causal, int64_t window,
+                           double softcap, int32_t threads) {
+  Attention a{q, k, v, ranges, batch, heads, kv_heads, length, keys, width, strides, dtype, static_cast<float>(scale),
+              causal != 0, window, static_cast<float>(softcap), threads, nullptr};
+  if (const int32_t bad = check_attention("attention", a)) return bad;
+  if (!kernels()) return FUSELORA_BAD_ISA;
+  a.scratch = workspace.take(attention_scratch(a));
+  if (!a.scratch)
+    return fail(FUSELORA_OUT_OF_MEMORY, "attention: no memory for %lld floats",
+                static_cast<long long>(attention_scratch(a)));
+  kernels()->attention({a, out, lse});
+  workspace.trim();
+  return FUSELORA_OK;
+}
+
+int32_t fuselora_attention_bwd(void* dq, void* dk, void* dv, const void* dout, const void* q, const void* k,
+                               const void* v, const void* out, const float* lse, const int32_t* ranges, int64_t batch,
+                               int64_t heads, int64_t kv_heads, int64_t length, int64_t keys, int64_t width,
+                               const int64_t strides[9], int32_t dtype, double scale, int32_t causal, int64_t window,
+                               double softcap, int32_t threads) {
+  Attention a{q, k, v, ranges, batch, heads, kv_heads, length, keys, width, strides, dtype, static_cast<float>(scale),
+              causal != 0, window, static_cast<float>(softcap), threads, nullptr};
+  if (const int32_t bad = check_attention("attention_bwd", a)) return bad;
+  if (!kernels()) return FUSELORA_BAD_ISA;
+  a.scratch = workspace.take(attention_bwd_scratch(a));
+  if (!a.scratch)
+    return fail(FUSELORA_OUT_OF_MEMORY, "attention_bwd: no memory for %lld floats",
+                static_cast<long long>(attention_bwd_scratch(a)));
+  kernels()->attention_bwd({a, dq, dk, dv, dout, out, lse});
+  workspace.trim();
   return FUSELORA_OK;
 }
 

@@ -127,6 +127,26 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(c_void_p, c_double, c_int32, c_int32),  # bias, alpha, dtype, threads
         ),
     ),
+    "fuselora_attention": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p),  # out, lse
+            *(c_void_p, c_void_p, c_void_p, c_void_p),  # q, k, v, ranges
+            *(c_int64, c_int64, c_int64, c_int64, c_int64, c_int64),  # batch, heads, kv_heads, length, keys, width
+            *(POINTER(c_int64), c_int32),  # strides, dtype
+            *(c_double, c_int32, c_int64, c_double, c_int32),  # scale, causal, window, softcap, threads
+        ),
+    ),
+    "fuselora_attention_bwd": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p, c_void_p),  # dq, dk, dv
+            *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),  # dout, q, k, v, out, lse, ranges
+            *(c_int64, c_int64, c_int64, c_int64, c_int64, c_int64),  # batch, heads, kv_heads, length, keys, width
+            *(POINTER(c_int64), c_int32),  # strides, dtype
+            *(c_double, c_int32, c_int64, c_double, c_int32),  # scale, causal, window, softcap, threads
+        ),
+    ),
     "fuselora_philox": (None, (POINTER(c_uint32), POINTER(c_uint32), POINTER(c_uint32))),  # out, counter, key
 }
 

@@ -14,6 +14,8 @@ constexpr int64_t kParallelElements = 1 << 15;
 
 static inline int team(int64_t elements, int32_t threads) { return elements < kParallelElements || threads < 1 ? 1 : threads; }
 
+static inline int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
 struct RmsNorm {
   void* y;
   void* h;
@@ -115,6 +117,75 @@ struct CrossEntropy {
   int32_t threads;
 };
 
+// Tiles of attention, the same on every instruction set.
+constexpr int64_t kQueries = 64, kKeys = 96;
+
+struct Attention {
+  const void* q;
+  const void* k;
+  const void* v;
+  const int32_t* ranges;  // [batch, length, 2], or null
+  int64_t batch, heads, kv_heads, length, keys, width;
+  const int64_t* strides;  // of batch, head and position: q's, k's, v's
+  int32_t dtype;
+  float scale;
+  bool causal;
+  int64_t window;  // 0: none
+  float softcap;   // 0: none
+  int32_t threads;
+  float* scratch;  // attention_scratch or attention_bwd_scratch floats, aligned to 64 bytes
+};
+
+struct AttentionFwd {
+  Attention in;
+  void* out;   // [batch, length, heads, width]
+  float* lse;  // [batch, heads, length]
+};
+
+struct AttentionBwd {
+  Attention in;
+  void* dq;          // [batch, length, heads, width]
+  void* dk;          // [batch, keys, kv_heads, width]
+  void* dv;
+  const void* dout;  // as out
+  const void* out;
+  const float* lse;
+};
+
+// Floats of scratch memory: what all threads share, and what each has. bf16 operands need half of some of it.
+static inline int64_t padded_width(const Attention& a) { return (a.width + 15) / 16 * 16; }
+static inline int64_t key_tiles(const Attention& a) { return (a.keys + kKeys - 1) / kKeys; }
+static inline int64_t query_tiles(const Attention& a) { return (a.length + kQueries - 1) / kQueries; }
+static inline int64_t kv_panel(const Attention& a) { return key_tiles(a) * kKeys * padded_width(a); }
+
+static inline int64_t attention_shared(const Attention& a) { return 2 * a.batch * a.kv_heads * kv_panel(a); }
+static inline int64_t attention_each(const Attention& a) {
+  return 2 * padded_width(a) * kQueries + 2 * kKeys * kQueries + 8 * kQueries;
+}
+static inline int64_t attention_scratch(const Attention& a) {
+  return attention_shared(a) + larger_of(a.threads, 1) * attention_each(a);
+}
+
+// The backward's tasks are (batch, kv head, chunk), where a chunk takes every n-th key tile and has its own share of dQ.
+// n follows from the shape, so that results don't depend on the threads: enough tasks for many, no chunk below three tiles.
+static inline int64_t key_chunks(const Attention& a) {
+  const int64_t wanted = (32 + a.batch * a.kv_heads - 1) / larger_of(a.batch * a.kv_heads, 1);
+  return larger_of(1, wanted < key_tiles(a) / 3 ? wanted : key_tiles(a) / 3);
+}
+static inline int64_t dq_shares(const Attention& a) {
+  const int64_t chunks = key_chunks(a);
+  return chunks == 1 ? 0 : a.batch * a.kv_heads * chunks * query_tiles(a) * kQueries * padded_width(a);
+}
+static inline int64_t attention_bwd_shared(const Attention& a) {
+  return 5 * a.batch * a.kv_heads * kv_panel(a) + dq_shares(a);
+}
+static inline int64_t attention_bwd_each(const Attention& a) {
+  return 5 * padded_width(a) * kQueries + 5 * kKeys * kQueries + 8 * kQueries;
+}
+static inline int64_t attention_bwd_scratch(const Attention& a) {
+  return attention_bwd_shared(a) + larger_of(a.threads, 1) * attention_bwd_each(a);
+}
+
 constexpr int64_t kMaxBlocksize = 4096;
 
 struct Weight4bit {
@@ -174,6 +245,8 @@ struct Gemm {
   void dequantize_4bit(const Dequantize4bit& a); \
   void quantize_4bit(const Quantize4bit& a); \
   void gemm(const Gemm& a);                \
+  void attention(const AttentionFwd& a); \
+  void attention_bwd(const AttentionBwd& a); \
   void philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]); \
   }
 

@@ -132,6 +132,24 @@ FUSELORA_API int32_t fuselora_gemm(void* out, int64_t out_row, int64_t out_col, 
                                    const fuselora_gemm_term* terms, int32_t count, const void* bias, double alpha,
                                    int32_t dtype, int32_t threads);
 
+/* Attention forward; formulas in kernels/attention.py. q: [batch, heads, length, width], k, v: [batch, kv_heads, keys,
+ * width], channels contiguous; strides: of batch, head and position, q's, k's and v's; ranges (or NULL): [batch, length, 2],
+ * the keys that each query may see; out: [batch, length, heads, width]; lse: [batch, heads, length]. scale > 0; window and
+ * softcap are 0 for none; width: even; keys: below 2^24. */
+FUSELORA_API int32_t fuselora_attention(void* out, float* lse, const void* q, const void* k, const void* v,
+                                        const int32_t* ranges, int64_t batch, int64_t heads, int64_t kv_heads,
+                                        int64_t length, int64_t keys, int64_t width, const int64_t strides[9],
+                                        int32_t dtype, double scale, int32_t causal, int64_t window, double softcap,
+                                        int32_t threads);
+
+/* Its backward. dout, out, dq: [batch, length, heads, width]; dk, dv: [batch, keys, kv_heads, width]; all contiguous. */
+FUSELORA_API int32_t fuselora_attention_bwd(void* dq, void* dk, void* dv, const void* dout, const void* q,
+                                            const void* k, const void* v, const void* out, const float* lse,
+                                            const int32_t* ranges, int64_t batch, int64_t heads, int64_t kv_heads,
+                                            int64_t length, int64_t keys, int64_t width, const int64_t strides[9],
+                                            int32_t dtype, double scale, int32_t causal, int64_t window,
+                                            double softcap, int32_t threads);
+
 /* One Philox-4x32-10 block, for known-answer tests: out = philox(counter, key). */
 FUSELORA_API void fuselora_philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]);
 

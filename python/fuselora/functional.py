@@ -2,6 +2,7 @@
 
 import fuselora.kernels.adamw  # noqa: F401  (an op without a differentiable function)
 import fuselora.kernels.glu_lora  # noqa: F401  (an op without a differentiable function)
+from fuselora.kernels.attention import attention
 from fuselora.kernels.cross_entropy import cross_entropy
 from fuselora.kernels.dora_linear import dora_linear
 from fuselora.kernels.dropout import dropout, dropout_mask
@@ -22,6 +23,7 @@ __all__ = [
     "Projection",
     "Quantized4bit",
     "add_rms_norm",
+    "attention",
     "cross_entropy",
     "dora_linear",
     "dequantize_4bit",

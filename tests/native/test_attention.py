@@ -1,0 +1,118 @@
+"""Native attention against the fp64 truth where its tiles and tasks end, and its promises: bits and contamination."""
+
+import pytest
+import torch
+
+from fuselora.functional import attention
+from fuselora.kernels import attention as op
+from fuselora.kernels import native
+from fuselora.kernels.attention_ranges import ranges_from_cu_seqlens
+from fuselora.kernels.registry import FUNCTIONS, Sample
+from fuselora.testing import assert_function_close
+
+pytestmark = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def heads(batch, queries, keys, width, *, count=4, kv=2, dtype=torch.bfloat16):
+    sizes = ((queries, count), (keys, kv), (keys, kv))
+    return tuple(torch.randn(batch, n, h, width, dtype=dtype).transpose(1, 2).requires_grad_() for n, h in sizes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "queries, keys, width, options",
+    [
+        (64, 96, 32, {}),  # whole tiles
+        (63, 97, 40, {"causal": False}),
+        (65, 191, 8, {"window": 64}),
+        (300, 300, 24, {"window": 1}),  # every query sees itself alone
+        (129, 385, 64, {}),  # a chunk of tiles each for several tasks
+        (40, 30, 16, {}),  # more queries than keys: the first ones see nothing
+    ],
+)
+def test_native_tiles_obey_the_numerics_rule(queries, keys, width, options, dtype):
+    torch.manual_seed(3)
+    args = heads(2, queries, keys, width, dtype=dtype)
+    if options.get("window") == 1:  # dq and dk are exactly zero in stock, which holds in no other order of sums
+        args = (args[0].detach(), args[1].detach(), args[2])
+    assert_function_close(FUNCTIONS["attention"], Sample(f"{queries}-{keys}-{width}", args, options))
+
+
+def test_native_one_head_and_many_tasks():
+    torch.manual_seed(4)
+    args = heads(1, 200, 700, 16, count=3, kv=1)
+    assert op.native_refusal(*args[:2], 0.25) is None
+    assert_function_close(FUNCTIONS["attention"], Sample("one-head", args, {}))
+
+
+@pytest.mark.parametrize("shape", [(2, 150, 150, 32), (1, 70, 650, 16)], ids=str)
+def test_native_bits_do_not_depend_on_threads(shape):
+    torch.manual_seed(5)
+    q, k, v = (x.detach() for x in heads(*shape))
+    upstream = torch.randn(shape[0], shape[1], 4, shape[3]).bfloat16()
+    was = torch.get_num_threads()
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        out, lse = op._cpu(q, k, v, None, 0.2, True, 0, 0.0)
+        return out, lse, *op._cpu_bwd(upstream, q, k, v, out, lse, None, 0.2, True, 0, 0.0)
+
+    try:
+        results = [run(threads) for threads in (1, 2, 3)]
+    finally:
+        torch.set_num_threads(was)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 30])
+def test_native_documents_leave_no_trace_in_each_other(dtype, window):
+    """Another document in the same row changes not one bit of outputs and gradients."""
+    torch.manual_seed(6)
+    q, k, v = heads(1, 230, 230, 32, dtype=dtype)
+    upstream = torch.randn(1, 230, 4, 32).to(dtype)
+    document = slice(77, 180)
+    ranges = ranges_from_cu_seqlens(torch.tensor([0, 77, 180, 230]), 1, 230)
+
+    def run(*inputs):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = attention(*inputs, ranges=ranges, window=window)
+        grads = torch.autograd.grad(out, inputs, upstream)
+        return out[:, document], *(g[:, :, document] for g in grads)
+
+    before = run(q, k, v)
+    changed = [x.detach().clone() for x in (q, k, v)]
+    for x in changed:
+        x[:, :, : document.start] = 3 * torch.randn_like(x[:, :, : document.start])
+        x[:, :, document.stop :] = 0
+    for a, b in zip(before, run(*changed), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_native_documents_equal_separate_calls():
+    torch.manual_seed(7)
+    lengths = (50, 1, 99, 33)
+    q, k, v = (x.detach().float() for x in heads(1, sum(lengths), sum(lengths), 16))
+    cu_seqlens = torch.tensor((0, *lengths)).cumsum(0)
+    packed = attention(q, k, v, cu_seqlens=cu_seqlens)
+    apart = [attention(*(x[:, :, a:b] for x in (q, k, v))) for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    torch.testing.assert_close(packed, torch.cat(apart, 1))
+
+
+def test_native_queries_that_see_nothing_give_zeros():
+    q, k, v = heads(1, 70, 70, 16)
+    ranges = torch.tensor([0, 70], dtype=torch.int32).repeat(1, 70, 1)
+    ranges[:, 20:40] = 9
+    out = attention(q, k, v, ranges=ranges, causal=False)
+    grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert (out[:, 20:40] == 0).all() and (grads[0][:, :, 20:40] == 0).all()
+    assert all(torch.isfinite(x).all() for x in (out, *grads)) and (out[:, 40:] != 0).any()
+
+
+def test_native_scores_of_any_size_stay_finite():
+    """The running maximum: scores of thousands, rising and falling along the keys."""
+    q, k, v = (x.detach() for x in heads(1, 40, 300, 16, dtype=torch.float32))
+    k = k * torch.linspace(-400, 400, 300)[:, None]
+    args = tuple(x.requires_grad_() for x in (q, k, v))
+    assert_function_close(FUNCTIONS["attention"], Sample("large", args, {"causal": False}))
