@@ -13,8 +13,9 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import energy
 import models
 import torch
 from models import Side
@@ -25,13 +26,14 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step and of its parts, and the processor seconds it took."""
+    """Seconds of one step and of its parts, the processor seconds and, where it can be read, the joules it took."""
 
     total: float
     forward: float
     backward: float
     optimizer: float
     processor: float = 0.0
+    joules: float | None = None
 
 
 class Trainer:
@@ -40,11 +42,13 @@ class Trainer:
     def __init__(self, model: nn.Module, side: Side, batch: dict[str, torch.Tensor]) -> None:
         self.model, self.side, self.batch = model, side, batch
         self.device = batch["labels"].device
+        self.energy = energy.meter(self.device)
         self.optimizer = models.adamw(model, 1e-5)
         if side.compiled:
             model.compile()
 
     def step(self) -> StepTime:
+        before = self.energy() if self.energy else None
         clock = CudaClock() if self.device.type == "cuda" else Clock()
         clock.mark()
         with models.autocast(self.side, self.device):
@@ -55,7 +59,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         clock.mark()
-        return clock.read()
+        time_taken = clock.read()
+        return time_taken if before is None else replace(time_taken, joules=self.energy() - before)
 
 
 class Clock:
@@ -125,8 +130,8 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
-def summary(times: Sequence[StepTime]) -> dict[str, float]:
-    """Median and spread of the total, medians of the parts, in seconds."""
+def summary(times: Sequence[StepTime]) -> dict[str, float | None]:
+    """Median and spread of the total, medians of the parts, in seconds; mean joules, as counters are coarse."""
     totals = [t.total for t in times]
     return {
         "median": statistics.median(totals),
@@ -136,6 +141,7 @@ def summary(times: Sequence[StepTime]) -> dict[str, float]:
         "backward": statistics.median(t.backward for t in times),
         "optimizer": statistics.median(t.optimizer for t in times),
         "processor": statistics.median(t.processor for t in times),
+        "joules": statistics.mean(t.joules for t in times) if times[0].joules is not None else None,
         "rounds": len(totals),
     }
 

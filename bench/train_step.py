@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import layer
 import machine
 import memory
 import models
@@ -214,6 +215,7 @@ def run(args: argparse.Namespace, family: str | None) -> dict[str, Any]:
         raise RuntimeError(f"{args.candidate}: expected fused modules, got none:\n{patch_report(candidate.model)}")
     warm_up = [timing.warm_up(trainer, args.warmup) for trainer in trainers]
     times = timing.interleave(trainers, args.rounds)
+    launched = [layer.launches(trainer.step, trainer.device) for trainer in trainers]
     del trainers
     used = [None if args.no_memory else memory.measure(_worker_arguments(args, family), name) for name in names]
     record["sides"] = [
@@ -223,6 +225,7 @@ def run(args: argparse.Namespace, family: str | None) -> dict[str, Any]:
             "step_s": timing.summary(times[i]),
             "steps_s": [t.total for t in times[i]],
             "tokens_per_s": batch * seq / timing.summary(times[i])["median"],
+            "launches": launched[i],
             "memory": used[i],
         }
         for i, name in enumerate(names)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-SCRIPTS = ("machine", "memory", "models", "parity", "presets", "report", "timing", "train_step")
+SCRIPTS = ("energy", "layer", "machine", "memory", "models", "parity", "presets", "report", "timing", "train_step")
 QUICK = ["--preset", "tiny", "--rounds", "3", "--warmup", "1", "--baseline", "peft"]
 
 
@@ -149,3 +149,14 @@ def test_bad_arguments_exit_with_2_and_one_line(bench, capsys, arguments, said):
         bench["train_step"].main(arguments)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and said in err and err.count("\n") == 1
+
+
+def test_energy_is_read_where_the_processor_shows_it(bench, tmp_path, monkeypatch):
+    energy = bench["energy"]
+    monkeypatch.setattr(energy, "RAPL", tmp_path)
+    assert energy.meter(torch.device("cpu")) is None
+    for package, microjoules in ((0, 3_000_000), (1, 4_500_000)):
+        folder = tmp_path / f"intel-rapl:{package}"
+        folder.mkdir()
+        (folder / "energy_uj").write_text(f"{microjoules}\n")
+    assert energy.meter(torch.device("cpu"))() == pytest.approx(7.5)
