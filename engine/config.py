@@ -60,7 +60,8 @@ class Config(EvalKeys, TrainKeys, OutputKeys, DataKeys, MethodKeys, ModelKeys):
 
     @property
     def packed(self) -> bool:
-        return self.packing or self.neat_packing
+        by_default = self.stage == "pt" and not self.streaming
+        return self.neat_packing or (by_default if self.packing is None else self.packing)
 
     @property
     def checkpoint_policy(self) -> str:

@@ -40,12 +40,13 @@ def _check_required(config: Config) -> None:
 
 def _check_supported(config: Config) -> None:
     supported: dict[str, tuple[Any, str]] = {
-        "stage": ("sft", "other objectives do not exist here yet"),
         "report_to": ("none", "read trainer_log.jsonl instead"),
     }
     for key, (want, remedy) in supported.items():
         if getattr(config, key) != want:
             raise expected(key, as_yaml(want), as_yaml(getattr(config, key)), remedy)
+    if config.stage not in ("sft", "pt"):
+        raise expected("stage", "sft or pt", config.stage, "other objectives do not exist here yet")
     if config.quantization_bit not in (None, 4, 8):
         raise expected("quantization_bit", "null, 4 or 8", config.quantization_bit, "choose one of those")
     if config.quantization_method.lower() not in ("bnb", "bitsandbytes"):

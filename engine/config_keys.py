@@ -91,7 +91,7 @@ class ModelKeys:
 class MethodKeys:
     """What is learned and how: objective, adapter, masks, fusion."""
 
-    stage: str = _key("method", "sft", "Objective; only supervised fine-tuning for now.")
+    stage: str = _key("method", "sft", "Objective: supervised fine-tuning on answers, or pt, plain text.")
     finetuning_type: str = _key(
         "method",
         "lora",
@@ -179,10 +179,11 @@ class DataKeys:
     overwrite_cache: bool = _key("data", False, "Tokenise again although a tokenised set is there.")
     streaming: bool = _key("data", False, "Read and tokenise while training, without a cache; needs max_steps.")
     buffer_size: int = _key("data", 16384, "Rows that a stream shuffles at a time.")
-    packing: bool = _key(
+    packing: bool | None = _key(
         "data",
-        False,
-        "Fill rows of cutoff_len with several examples each, which never see each other; batch sizes count rows.",
+        None,
+        "Fill rows of cutoff_len with several examples each, which never see each other; batch sizes count rows. "
+        "unset: for stage pt that isn't streamed.",
     )
     neat_packing: bool = _key("data", False, "The same as packing: examples in one row are always kept apart here.")
     padding_free: bool = _key(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ KINDS = {"rm": "preference", "dpo": "preference", "kto": "feedback"}
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains and evaluates on: examples of one kind. ``shown`` is a conversation for the sample after training."""
+    """What a run trains and evaluates on. ``shown`` is a conversation for the sample after training."""
 
     train: Any  # a sequence of examples, or a Stream
     held_out: Sequence[Any]
@@ -121,7 +122,7 @@ def _conversations(source: Source, config: Config) -> Iterator[Conversation]:
 
 def _sources(config: Config, *, held_out: bool) -> list[Source]:
     names = config.eval_dataset if held_out else config.dataset
-    options = {"held_out": held_out, "streaming": config.streaming, "cache_dir": config.cache_dir}
+    options = {"held_out": held_out, "streaming": config.streaming and not held_out, "cache_dir": config.cache_dir}
     return [Source.of(name, config.dataset_dir, config.stage, **options) for name in names]
 
 
@@ -176,14 +177,17 @@ def token_set(source: Source, config: Config, tokenizer: PreTrainedTokenizerBase
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in source.info.name)
 
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes one shows progress and overwrites
+
     def make() -> Iterator[AnyExample | Account]:
         samples = itertools.islice(source.samples(config.stage, config.default_system), limit)
-        bar = tqdm(samples, desc=f"tokenising {source.info.name}", unit=" rows", disable=None, total=limit)
+        quiet = None if first else True  # None: unless standard error is a terminal
+        bar = tqdm(samples, desc=f"tokenising {source.info.name}", unit=" rows", disable=quiet)
         encoded = encode_samples(bar, tokenizer, encoding, config.preprocessing_num_workers or 1)
         yield from _accounted(encoded, source.info.name, config)
 
     found, _ = open_or_make(
-        root, f"{name}-{digest}", KINDS.get(config.stage, "plain"), make, overwrite=config.overwrite_cache
+        root, f"{name}-{digest}", KINDS.get(config.stage, "plain"), make, overwrite=config.overwrite_cache and first
     )
     return found
 

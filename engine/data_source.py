@@ -75,7 +75,9 @@ class Source:
             with path.open("rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
         if self.info.hub:
-            digest.update(str(getattr(self._hub_rows, "_fingerprint", "")).encode())
+            digest.update(
+                self._hub_rows._fingerprint.encode()  # of its data files and what was done to them
+            )
         if self.info.name == quickstart.NAME:
             digest.update(f"{quickstart.RECIPE.key} {self.held_out}".encode())
         return digest.hexdigest()

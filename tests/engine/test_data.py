@@ -366,3 +366,20 @@ def test_val_size_splits_once_and_for_all(make_config):
     assert load_splits(make_config(val_size=6, data_seed=1)) != (train, held_out)
     with pytest.raises(UserError, match="val_size"):
         load_splits(make_config(val_size=24))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_repository_by_the_real_library(tmp_path, monkeypatch, streaming):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / "train.jsonl").write_text("\n".join([GOOD, GOOD.replace('"I"', '"second"')]))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"d": {"hf_hub_url": str(repository)}}))
+    source = Source.of("d", str(tmp_path), "sft", streaming=streaming, cache_dir=str(tmp_path / "cache"))
+    samples = [sample for _, sample in source.samples("sft", None, start=1)]
+    assert [sample.messages[0]["content"] for sample in samples] == ["second"]
+    if not streaming:
+        (repository / "train.jsonl").write_text(GOOD)
+        changed = Source.of("d", str(tmp_path), "sft", cache_dir=str(tmp_path / "cache"))
+        assert changed.digest() != source.digest()

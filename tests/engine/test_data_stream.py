@@ -63,8 +63,7 @@ def test_pieces_of_a_document(make_stream, dataset_dir, make_config, tokenizer):
     (dataset_dir / "dataset_info.json").write_text(
         json.dumps({"text": {"file_name": "text.txt", "columns": {"prompt": "text"}}})
     )
-    config = make_config(streaming=True, max_steps=5, dataset="text", cutoff_len=16, buffer_size=4)
-    object.__setattr__(config, "stage", "pt")
+    config = make_config(stage="pt", streaming=True, max_steps=5, dataset="text", cutoff_len=16, buffer_size=4)
     whole = list(data.load_data(config, tokenizer).train)
     assert len(whole) > 12
     for stop in range(len(whole)):

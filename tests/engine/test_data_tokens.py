@@ -241,7 +241,7 @@ def test_other_stages_keep_their_kind(make_config, tokenizer, dataset_dir, stage
     entry = {"file_name": "rows.json", "columns": columns, "ranking": stage == "dpo"}
     (dataset_dir / "dataset_info.json").write_text(json.dumps({"rows": entry}))
     config = make_config()
-    object.__setattr__(config, "stage", stage)
+    object.__setattr__(config, "stage", stage)  # also those whose objectives do not exist yet
     got = data.load_data(config, tokenizer)
     assert len(got.train) == 2 and (got.shown is None) == (stage == "pt")
     if stage == "dpo":
