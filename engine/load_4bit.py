@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "fuselora_4bit"
+_DAMAGED: list[str] = []  # transformers prints what a conversion raised, and raises an error that does not name it
 # The first name found in a key counts, so the shortest comes last.
 NAMES = [*(f"weight.{name}" for name in TABLES), *(f"weight.{STATE}{kind}" for kind in QUANT_TYPES), "weight"]
 
@@ -56,7 +57,7 @@ def load_4bit(
         The model; ``save_pretrained`` writes what transformers with bitsandbytes and this function read.
 
     Raises:
-        ValueError: an unknown quant_type, blocksize or dtype, or files quantised by another method.
+        ValueError: an unknown quant_type, blocksize or dtype, files quantised by another method, or damaged ones.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -80,8 +81,12 @@ def load_4bit(
         config.quantization_config = {"quant_method": METHOD, "skip_modules": skipped}
     place = {} if device is None else {"device_map": {"": torch.device(device)}}
     arguments = place | from_pretrained | ({} if saved is not None else {"quantization_config": options})
-    with _progress_bar(progress):
-        model: Any = AutoModelForCausalLM.from_pretrained(path_or_id, config=config, dtype=dtype, **arguments)
+    _DAMAGED.clear()
+    try:
+        with _progress_bar(progress):
+            model: Any = AutoModelForCausalLM.from_pretrained(path_or_id, config=config, dtype=dtype, **arguments)
+    except RuntimeError as error:
+        raise (ValueError(f"load_4bit: {path_or_id}: {_DAMAGED[0]}") if _DAMAGED else error) from error
     model.hf_quantizer.remove_quantization_config(model)
     model.config.quantization_config = _as_bitsandbytes(quant_type, double, dtype)
     return model
@@ -208,7 +213,12 @@ class Deserialize(ConversionOps):
         weight = parts.pop("weight")
         module, _ = get_module_from_name(model, full_layer_name)
         tables = {name.removeprefix("weight."): value for name, value in parts.items()}
-        q, quant_type, stored = from_parts(weight, tables, (module.out_features, module.in_features), weight.device)
+        shape = (module.out_features, module.in_features)
+        try:
+            q, quant_type, stored = from_parts(weight, tables, shape, weight.device)
+        except ValueError as error:
+            _DAMAGED.append(f"{full_layer_name}: {error}")
+            raise
         module.set_quantized(q, quant_type, stored)
         module._is_hf_initialized = True
         return {"weight": module.weight}

@@ -131,6 +131,29 @@ def state_parts(q: Quantized4bit, quant_type: str, stored_dtype: torch.dtype) ->
     return parts | {STATE + quant_type: text}
 
 
+def _about(text: Tensor) -> dict[str, Any]:
+    """The JSON of a quantisation state, with the entries that are needed and of their kinds."""
+    try:
+        about = json.loads(bytes(text.flatten().tolist()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"quant_state: expected JSON as bytes, got {text.numel()} values of {text.dtype} that are none; "
+            "the file is damaged"
+        ) from error
+    kinds: dict[str, Any] = {"shape": list, "blocksize": int, "dtype": str}
+    if "nested_blocksize" in about:
+        kinds |= {"nested_blocksize": int, "nested_offset": (int, float)}
+    for key, kind in kinds.items():
+        if not isinstance(about.get(key), kind):
+            want = kind.__name__ if isinstance(kind, type) else "number"
+            raise ValueError(
+                f"quant_state: {key}: expected a value of type {want}, got {about.get(key)!r}; the file is damaged"
+            )
+    if not isinstance(getattr(torch, about["dtype"], None), torch.dtype):
+        raise ValueError(f"quant_state: dtype: expected one of torch, got {about['dtype']!r}; the file is damaged")
+    return about
+
+
 def from_parts(
     weight: Tensor, parts: dict[str, Tensor], shape: tuple[int, int], device: torch.device
 ) -> tuple[Quantized4bit, str, torch.dtype]:
@@ -145,7 +168,7 @@ def from_parts(
             f"quant_state: expected one of {', '.join(STATE + kind for kind in QUANT_TYPES)}, got {sorted(parts)}; "
             "the file holds no 4-bit weight of bitsandbytes"
         )
-    about = json.loads(bytes(parts[STATE + kinds[0]].tolist()))
+    about = _about(parts[STATE + kinds[0]])
     nested = "nested_blocksize" in about
     needed = TABLES if nested else TABLES[:2]
     if missing := [name for name in needed if name not in parts]:

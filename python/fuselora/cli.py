@@ -16,6 +16,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fuselora.engine.errors import UserError, expected, run_command
 
@@ -96,7 +97,7 @@ def _merge(arguments: list[str]) -> int:
     from fuselora.engine.merge import merge_folder
 
     known = inspect.signature(merge_folder).parameters
-    values = {}
+    values: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.removeprefix("--").partition("=")
         if not equals or key not in known:

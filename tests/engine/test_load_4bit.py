@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
-from tests.support.bnb import SIZES, import_bnb
+from tests.support.bnb import SIZES, import_bnb, qlora_model
 from tests.support.models import add_lora, base_model, batch
 from tests.support.parity import assert_all_fused, assert_close_to_truth, run, run_truth
 from torch import nn
@@ -97,6 +98,91 @@ def test_state_dict_loads_into_an_empty_model_and_names_what_is_wrong():
         Linear4bit(64, 32)(torch.zeros(1, 64))
 
 
+def quant_state(**changes):
+    """JSON as bytes; a change to None takes the entry away."""
+    about = {"shape": [32, 64], "blocksize": 64, "dtype": "float32", "nested_blocksize": 256, "nested_offset": 0.1}
+    text = json.dumps({key: value for key, value in (about | changes).items() if value is not None})
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"weight": lambda t: t[:-1]}, "data: expected 1024 contiguous .* truncated"),
+        ({"weight": lambda t: t.to(torch.int16).repeat(2, 1)}, "data: expected 1024 contiguous"),
+        ({"absmax": lambda t: t[:-1]}, "absmax: expected 32 contiguous torch.uint8 values"),
+        ({"absmax": lambda t: t.float()}, "absmax: expected 32 contiguous torch.uint8 values"),
+        ({"nested_absmax": lambda t: t.repeat(2)}, "absmax2: expected 1 contiguous torch.float32 values"),
+        ({"quant_map": lambda t: t[:8]}, "code: expected 16 contiguous"),
+        ({"nested_quant_map": lambda t: t[:255]}, "code2: expected 256 contiguous"),
+        ({"about": lambda t: t[:-9]}, "quant_state: expected JSON as bytes, got .* damaged"),
+        ({"about": lambda t: quant_state(blocksize=48)}, "blocksize: expected one of 32, 64, .* got 48"),
+        ({"about": lambda t: quant_state(blocksize=128)}, "absmax: expected 16 contiguous"),
+        ({"about": lambda t: quant_state(blocksize="64")}, "quant_state: blocksize: expected a value of type int"),
+        ({"about": lambda t: quant_state(shape=None)}, "quant_state: shape: expected a value of type list, got None"),
+        ({"about": lambda t: quant_state(shape=[64, 32])}, r"shape: expected \(32, 64\), got \(64, 32\)"),
+        (
+            {"about": lambda t: quant_state(nested_offset=None)},
+            "quant_state: nested_offset: expected a value of type n",
+        ),
+        ({"about": lambda t: quant_state(dtype="float33")}, "quant_state: dtype: expected one of torch, got 'float33'"),
+        ({"kind": "int4"}, "quant_state: expected one of quant_state.bitsandbytes__nf4, .* got .*__int4"),
+    ],
+    ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
+)
+def test_a_damaged_state_is_refused_in_one_sentence(changes, words):
+    q = quantize_4bit(torch.randn(32, 64), double=True)
+    parts = state_parts(q, "nf4", torch.float32)
+    about = parts.pop("quant_state.bitsandbytes__nf4")
+    tensors = {"weight": q.data.view(-1, 1), "about": about} | parts
+    tensors |= {key: change(tensors[key]) for key, change in changes.items() if key != "kind"}
+    weight, about = tensors.pop("weight"), tensors.pop("about")
+    tensors[f"quant_state.bitsandbytes__{changes.get('kind', 'nf4')}"] = about
+    with pytest.raises(ValueError, match=words) as raised:
+        from_parts(weight, tensors, (32, 64), torch.device("cpu"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("weight", lambda t: t[:-1], "data: expected 2048 contiguous"),
+        ("weight.absmax", lambda t: t[:-1], "absmax: expected 64 contiguous"),
+        ("weight.quant_state.bitsandbytes__nf4", lambda t: t[:-9], "quant_state: expected JSON as bytes"),
+    ],
+)
+def test_a_damaged_file_is_refused(folder, tmp_path, name, change, words):
+    from safetensors.torch import load_file, save_file
+
+    if folder.name.startswith(("qwen2", "gemma2")):
+        pytest.skip("one family shows it")
+    fuselora.load_4bit(str(folder), progress=False).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    key = f"model.layers.1.self_attn.q_proj.{name}"
+    save_file(tensors | {key: change(tensors[key]).contiguous()}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"load_4bit: .*layers.1.self_attn.q_proj.weight: {words}"):
+        fuselora.load_4bit(str(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: setattr(state, "absmax", state.absmax[:-1]), "absmax: expected 64 contiguous torch.uint8"),
+        (lambda state: setattr(state, "blocksize", 48), "blocksize: expected one of 32, 64"),
+        (lambda state: setattr(state, "shape", torch.Size((64, 66))), "data: expected 2112 contiguous|weight.shape"),
+        (lambda state: setattr(state, "code", state.code[:15]), "code: expected 16"),
+        (lambda state: setattr(state.state2, "absmax", torch.zeros(3)), "absmax2: expected 1 contiguous"),
+    ],
+)
+def test_a_state_of_bitsandbytes_that_does_not_fit_is_refused_before_any_kernel(change, words):
+    import_bnb()
+    model = fuselora.patch_model(qlora_model("llama"))
+    change(model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.quant_state)
+    with pytest.raises(ValueError, match=words):
+        model(**batch())
+
+
 def test_storage_of_another_dtype_is_read():
     q = quantize_4bit(torch.randn(32, 64))
     parts = state_parts(q, "nf4", torch.bfloat16)
@@ -158,7 +244,6 @@ def test_bad_arguments(folder, keys, words):
 
 
 def test_files_of_another_method_are_refused(folder, tmp_path):
-    import json
     import shutil
 
     other = shutil.copytree(folder, tmp_path / "gptq")
