@@ -161,7 +161,7 @@ def test_a_damaged_file_is_refused(folder, tmp_path, name, change, words):
     tensors = load_file(path)
     key = f"model.layers.1.self_attn.q_proj.{name}"
     save_file(tensors | {key: change(tensors[key]).contiguous()}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=f"load_4bit: .*layers.1.self_attn.q_proj.weight: {words}"):
+    with pytest.raises(ValueError, match=f"load_4bit: .*layers.1.self_attn.q_proj.weight: .*{words}"):
         fuselora.load_4bit(str(tmp_path), progress=False)
 
 
