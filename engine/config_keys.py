@@ -56,7 +56,11 @@ class ModelKeys:
     )
     trust_remote_code: bool = _key("model", False, "Run Python code that comes with the model.")
     flash_attn: str = _key(
-        "model", "auto", "Attention: `auto` leaves the choice to transformers.", ("auto", "disabled", "sdpa", "fa2")
+        "model",
+        "auto",
+        "Attention: `auto` leaves the choice to transformers, `disabled` is its eager one; what the model or this "
+        "machine can't do is refused.",
+        ("auto", "disabled", "sdpa", "fa2", "fa3", "flex", "varlen", "xformers"),
     )
     rope_scaling: str | None = _key(
         "model",

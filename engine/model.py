@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fuselora.engine import quickstart
+from fuselora.engine import attention_dispatch, longlora, quickstart
 from fuselora.engine.chat_templates import set_template
 from fuselora.engine.config import Config
 from fuselora.engine.errors import UserError, expected, first_line
 from fuselora.engine.kbit import keep_weights_in_place, misread_on_cpu
-from fuselora.engine.longlora import group_size, register
 from fuselora.engine.methods import prepare_method
 from fuselora.engine.rope_scaling import describe, follow_length, scale_rope
 
@@ -32,7 +31,6 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
-ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
 
 
 def quiet_libraries() -> None:
@@ -94,14 +92,13 @@ def load_base(base: str, config: Config, dtype: torch.dtype) -> PreTrainedModel:
     quantization = quantization_config(config, dtype)
     placed = {} if quantization is None else {"device_map": {"": pick_device(config)}}  # it is quantised where it lands
     try:
+        model_config = base_config(base, config)
         model = AutoModelForCausalLM.from_pretrained(
             base,
-            config=scaled_config(base, config),
+            config=model_config,
             dtype=dtype,
             quantization_config=quantization,
-            attn_implementation=register(group_size(config.cutoff_len))
-            if config.shift_attn
-            else ATTENTION[config.flash_attn],
+            attn_implementation=attention_of(config, model_config, dtype),
             trust_remote_code=config.trust_remote_code,
             cache_dir=_hub_cache(config),
             **placed,
@@ -112,15 +109,21 @@ def load_base(base: str, config: Config, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def scaled_config(base: str, config: Config) -> PreTrainedConfig | None:
-    """The base's own configuration with ``rope_scaling`` to ``cutoff_len``; None without that key."""
-    if config.rope_scaling is None:
-        return None
+def base_config(base: str, config: Config) -> PreTrainedConfig:
+    """The base's own configuration, with ``rope_scaling`` to ``cutoff_len`` where that is set."""
     from transformers import AutoConfig
 
     loaded = AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code, cache_dir=_hub_cache(config))
-    scale_rope(loaded, config.rope_scaling, config.cutoff_len)
+    if config.rope_scaling is not None:
+        scale_rope(loaded, config.rope_scaling, config.cutoff_len)
     return loaded
+
+
+def attention_of(config: Config, model_config: PreTrainedConfig, dtype: torch.dtype) -> str | None:
+    """The attention of the run by transformers' name, None for transformers' own choice."""
+    if config.shift_attn:
+        return longlora.register(longlora.group_size(config.cutoff_len))
+    return attention_dispatch.implementation(config.flash_attn, model_config, pick_device(config), dtype)
 
 
 def quantization_config(config: Config, dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fuselora
 from fuselora.engine.errors import UserError
-from fuselora.engine.model import build_model, scaled_config
+from fuselora.engine.model import base_config, build_model
 from fuselora.engine.rope_scaling import KINDS, describe, follow_length, scale_rope
 
 TRAINED, LONG, THETA, DIM = 16, 40, 1000.0, 8  # 40 / 16 makes a factor of 3
@@ -204,7 +204,7 @@ def test_a_run_reads_past_the_length_of_its_base(make_config, tiny_base, tmp_pat
     model = build_model(str(tiny_base), config)
     assert "rope_scaling: {'rope_theta'" in capsys.readouterr().out
     assert model.config.rope_parameters["factor"] == 3.0 and model.config.max_position_embeddings == 6144
-    assert scaled_config(str(tiny_base), make_config()) is None
+    assert base_config(str(tiny_base), make_config()).max_position_embeddings == 2048
     build_model(str(tiny_base), make_config(rope_scaling="dynamic", cutoff_len=64))
     assert "64 tokens fit the model's 2048 positions" in capsys.readouterr().out
     with pytest.raises(UserError, match="rope_scaling: expected one of linear, dynamic, yarn, llama3"):

@@ -1,0 +1,151 @@
+"""Which attention a model is loaded with: the ``flash_attn`` key against what this machine, model and dtype allow.
+
+transformers looks attention functions and mask functions up by name. Its own names are used as they are; ours are added
+when the key asks for them, never in the place of an entry that is there:
+
+    key        name in transformers   runs on           soft-cap   dropout   documents apart by
+    auto       transformers' choice; eager for models with soft-capping, which SDPA would not compute
+    disabled   eager                  anything          yes        yes       dense mask
+    sdpa       sdpa                   anything          no         yes       dense mask
+    fa2        flash_attention_2      CUDA, 16 bit      yes        yes       borders
+    fa3        flash_attention_3      Hopper, 16 bit    yes        no        borders
+    flex       flex_attention         CUDA              yes        no        blocks of a mask
+    varlen     fuselora_varlen        CUDA, 16 bit      no         no        borders
+    xformers   fuselora_xformers      CUDA              no         yes       borders
+
+Sliding windows hold in all of them. A choice that can't compute the model is refused with the reason, never replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fuselora.engine.attention_borders import Kernel, bordered_attention, varlen_kernel, xformers_kernel
+from fuselora.engine.errors import expected
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One attention: what it needs and what it computes."""
+
+    name: str
+    module: str | None = None  # that must be importable
+    install: str = ""
+    cuda: bool = False
+    half: bool = False  # only bf16 and fp16
+    capability: int | None = None  # CUDA compute capability's major number
+    softcap: bool = False
+    dropout: bool = True
+    widest: int | None = None  # channels of a head
+    kernel: Kernel | None = None  # ours, to be registered
+
+
+KINDS = {
+    "disabled": Kind("eager", softcap=True),
+    "sdpa": Kind("sdpa"),
+    "fa2": Kind(
+        "flash_attention_2", "flash_attn", "pip install 'fuselora[flash]'", True, True, softcap=True, widest=256
+    ),
+    "fa3": Kind(
+        "flash_attention_3",
+        "flash_attn_interface",
+        "build FlashAttention's hopper folder",
+        True,
+        True,
+        capability=9,
+        softcap=True,
+        dropout=False,
+        widest=256,
+    ),
+    "flex": Kind("flex_attention", cuda=True, softcap=True, dropout=False),
+    "varlen": Kind(
+        "fuselora_varlen",
+        "torch.nn.attention.varlen",
+        "install a torch that has it",
+        True,
+        True,
+        dropout=False,
+        widest=256,
+        kernel=varlen_kernel,
+    ),
+    "xformers": Kind(
+        "fuselora_xformers", "xformers", "pip install 'fuselora[xformers]'", True, widest=256, kernel=xformers_kernel
+    ),
+}
+CHOICES = ("auto", *KINDS)
+
+
+def implementation(key: str, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The ``attn_implementation`` to load a model of ``config`` with, registered if it is ours; None: transformers'.
+
+    Raises UserError if the kind named by ``key`` can't run here or can't compute the model.
+    """
+    config = config.get_text_config()
+    if key == "auto":
+        return "eager" if softcap_of(config) is not None else None
+    kind = KINDS[key]
+    problem = unavailable(kind, device, dtype) or mismatch(kind, config)
+    if problem:
+        want, got, remedy = problem
+        raise expected("flash_attn", want, f"{key}, but {got}", remedy)
+    if kind.kernel is not None:
+        register(kind)
+    return kind.name
+
+
+def softcap_of(config: PreTrainedConfig) -> float | None:
+    return getattr(config, "attn_logit_softcapping", None)
+
+
+def unavailable(kind: Kind, device: torch.device, dtype: torch.dtype) -> tuple[str, str, str] | None:
+    """(expected, got, remedy) if the kind can't run on ``device`` in ``dtype``."""
+    if kind.cuda and device.type != "cuda":
+        return "an attention that trains on this device", f"it is {device.type}", "choose auto, sdpa or disabled"
+    if kind.module is not None and not _importable(kind.module):
+        return f"{kind.module} to be importable", "it is not", kind.install
+    if kind.half and dtype not in (torch.bfloat16, torch.float16):
+        return "16-bit weights", f"they are {str(dtype).removeprefix('torch.')}", "set bf16: true"
+    if kind.capability is not None and torch.cuda.get_device_capability(device)[0] != kind.capability:
+        return f"a GPU of compute capability {kind.capability}", "this one has another", "choose fa2, varlen or sdpa"
+    return None
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent package is missing
+        return False
+
+
+def mismatch(kind: Kind, config: PreTrainedConfig) -> tuple[str, str, str] | None:
+    """(expected, got, remedy) if the kind doesn't compute the attention of a model of ``config``."""
+    if softcap_of(config) is not None and not kind.softcap:
+        able = ", ".join(key for key, other in KINDS.items() if other.softcap)
+        return "soft-capping, which this model has", "it has none", f"choose auto or one of {able}"
+    if getattr(config, "attention_chunk_size", None) and kind.kernel is not None:
+        return "attention in chunks, which this model has", "it has none", "choose auto, sdpa or disabled"
+    if getattr(config, "attention_dropout", 0.0) and not kind.dropout:
+        return "dropout, which this model's config asks for", "it has none", "choose auto, sdpa or disabled"
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    if kind.widest is not None and width > kind.widest:
+        return f"heads of at most {kind.widest} channels", f"this model's have {width}", "choose auto, sdpa or disabled"
+    return None
+
+
+def register(kind: Kind) -> None:
+    """Make one of our attentions known to transformers under its own name, with the mask it reads."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    assert kind.kernel is not None
+    AttentionInterface.register(kind.name, functools.partial(bordered_attention, kernel=kind.kernel))
+    AttentionMaskInterface.register(kind.name, flash_attention_mask)
