@@ -1,7 +1,7 @@
 """Which examples each optimizer step and each process takes.
 
-    sequence    step s of an epoch: units s B .. (s + 1) B - 1 of that epoch's order (packing.py), B units per step over
-                all processes: a function of the step, so a resumed run needs no state
+    sequence    step s of an epoch: examples s B .. (s + 1) B - 1 of that epoch's order, or packs of them (packing.py),
+                B per step over all processes: a function of the step, so a resumed run needs no state
     stream      the next B examples of an iterable; its ``state_dict``, if it has one, goes into checkpoints
 
 A step's examples are cut into micro-batches, dealt to the processes in turn. Each process reads all of a step's
@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fuselora.engine.chat import IGNORE, Example, micro_batches
+from fuselora.engine.chat import IGNORE, Example, epoch_order, micro_batches
 from fuselora.engine.config import Config
 from fuselora.engine.distributed import World
 from fuselora.engine.errors import expected
@@ -30,7 +30,8 @@ class StepPlan:
 
     step: int  # 0-based
     examples: list[Example]  # of all processes
-    data: dict[str, Any] | None  # the stream's position before
+    data: dict[str, Any] | None = None  # the stream's position before
+    rows: Sequence[int] | None = None  # where the examples stand in the training set
     generators: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -43,19 +44,25 @@ class StepData:
     """The training examples of each step."""
 
     def __init__(self, train: Sequence[Example] | Iterable[Example], config: Config, batch: int) -> None:
-        self.train, self.batch = train, batch
-        self.units = Units(train, config) if isinstance(train, Sequence) or hasattr(train, "__len__") else None
+        self.train, self.batch, self.config = train, batch, config
+        self.units = Units(train, config) if isinstance(train, Sequence) else None
         if self.units is None and config.max_steps <= 0:
             raise expected("max_steps", "a number of steps for a stream, which has no length", "none", "set max_steps")
         self.steps_per_epoch = None if self.units is None else math.ceil(len(self.units) / batch)
+        self._order: tuple[int, list[int]] = (-1, [])  # of an epoch
         self._stream: Iterator[Example] | None = None
 
     def take(self, step: int) -> StepPlan:
         """The examples of a 0-based step. Of a stream steps have to be taken in order."""
         if self.units is not None and self.steps_per_epoch is not None:
             epoch, position = divmod(step, self.steps_per_epoch)
-            units = self.units.of_epoch(epoch)[position * self.batch : (position + 1) * self.batch]
-            return StepPlan(step, list(units), None)
+            span = slice(position * self.batch, (position + 1) * self.batch)
+            if self.config.packed:
+                return StepPlan(step, list(self.units.of_epoch(epoch)[span]))
+            if epoch != self._order[0]:
+                self._order = epoch, epoch_order(len(self.units), seed=self.config.order_seed, epoch=epoch)
+            rows = self._order[1][span]
+            return StepPlan(step, [self.units.examples[i] for i in rows], rows=rows)
         before = self.state()
         return StepPlan(step, [self._next() for _ in range(self.batch)], before)
 
@@ -92,13 +99,13 @@ def share(examples: Sequence[Example], size: int, world: World) -> list[Sequence
     return mine + [[idle]] * (math.ceil(len(parts) / world.size) - len(mine))
 
 
-def row_numbers(examples: Sequence[Example], train: Iterable[Example]) -> list[int] | None:
-    """Where the examples, or the documents packed into them, stand in the training set; None for a stream."""
-    if not isinstance(train, Sequence):
-        return None
+def row_numbers(plan: StepPlan, train: Iterable[Example]) -> Sequence[int] | None:
+    """Where a step's examples, or the documents packed into them, stand in the training set; None for a stream."""
+    if plan.rows is not None or not isinstance(train, Sequence):
+        return plan.rows
     rows = {tuple(example.input_ids): i for i, example in enumerate(train)}
     numbers = []
-    for example in examples:
+    for example in plan.examples:
         start = 0
         for length in getattr(example, "lengths", (len(example.input_ids),)):
             number = rows.get(tuple(example.input_ids[start : start + length]))

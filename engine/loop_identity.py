@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ def run_identity(model: nn.Module, train: Iterable[Example], config: Config, bat
     data = hashlib.sha256()
     if hasattr(train, "fingerprint"):
         data.update(train.fingerprint.encode())
-    elif hasattr(train, "__len__"):  # a stream would be used up
+    elif isinstance(train, Sequence):  # a stream would be used up
         for example in train:
-            data.update(repr((example.input_ids, example.labels)).encode())
+            data.update(repr(example).encode())
     weights = hashlib.sha256()
     for name, p in model.named_parameters():
         weights.update(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}".encode())

@@ -248,7 +248,7 @@ class Trainer:
         restore_torch_generators(plan.generators, self.device)
 
     def _rows(self, plan: StepPlan) -> str:
-        numbers = row_numbers(plan.examples, self.train)
+        numbers = row_numbers(plan, self.train)
         return f" (rows {', '.join(map(str, numbers))} of the training set)" if numbers else ""
 
     @property
@@ -359,7 +359,8 @@ class Trainer:
             tokens_per_second=round(window.tokens / max(seconds, 1e-9), 1),
             memory_mib=round(metrics.memory_bytes(self.device) / 2**20, 1),
         )
-        self.log.progress(entry)
+        if "loss" in entry:  # not where every step was skipped
+            self.log.progress(entry)
         self._tell("on_log", entry)
         self.window = Window(self.device)
 
