@@ -1,12 +1,13 @@
 """Logits of a model as its weights stand, computed in fp32 without an fp32 copy of the model.
 
 A module's own weights are fp32 while it runs and as they were afterwards (16-bit values are exact in fp32), so that at
-any time one module is in fp32; 4-bit linears compute in fp32. What remains in a comparison of two such logits is the
+any time one module is in fp32; so is a 4-bit weight. What remains in a comparison of two such logits is the
 difference of the weights.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fuselora.engine.kbit import linears_4bit
+from fuselora.engine.patch.quantized import read_4bit
+from fuselora.kernels.nf4 import Quantized4bit, dequantize_4bit
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -40,16 +43,23 @@ def computing_in_fp32(model: nn.Module) -> Iterator[None]:
                 module.register_forward_hook(_narrow(kept), always_call=True),
             ]
     layers = [layer for _, layer in linears_4bit(model)]
-    dtypes = [layer.compute_dtype for layer in layers]
     for layer in layers:
-        layer.compute_dtype = torch.float32
+        layer.forward = functools.partial(_linear_4bit, layer)
     try:
         yield
     finally:
-        for layer, dtype in zip(layers, dtypes, strict=True):
-            layer.compute_dtype = dtype
+        for layer in layers:
+            del layer.forward
         for handle in handles:
             handle.remove()
+
+
+def _linear_4bit(layer: Any, x: Tensor) -> Tensor:
+    """On the weight dequantised to fp32; bitsandbytes' own code for CPUs misreads rows that are no whole blocks."""
+    projection = read_4bit(layer)
+    assert not isinstance(projection, str) and isinstance(projection.weight, Quantized4bit), projection
+    bias = None if projection.bias is None else projection.bias.float()
+    return nn.functional.linear(x.float(), dequantize_4bit(projection.weight, torch.float32), bias)
 
 
 def _widen(kept: dict[nn.Parameter, Tensor]) -> Any:

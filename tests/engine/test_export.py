@@ -121,12 +121,13 @@ def test_4bit_base(tmp_path, tokenizer):
     pytest.importorskip("bitsandbytes")
     from tests.support.bnb import SIZES
 
-    base_model("llama", torch.bfloat16, **SIZES | {"vocab_size": 300}).save_pretrained(tmp_path / "base")
+    sizes = SIZES | {"vocab_size": 300, "intermediate_size": 96}  # rows that are no whole blocks, too
+    base_model("llama", torch.bfloat16, **sizes).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     adapter_of(tmp_path / "base", tmp_path / "adapter", 0.05, torch.bfloat16)
     keys = {"model_name_or_path": str(tmp_path / "base"), "adapter_name_or_path": str(tmp_path / "adapter")}
     parity = export(ExportConfig(**keys, export_dir=str(tmp_path / "merged"), quantization_bit=4))
-    assert parity.ok and parity.rms < parity.computing
+    assert parity.ok and parity.rms < 0.5 * parity.computing < 0.01
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert back.dtype == torch.bfloat16 and getattr(back.config, "quantization_config", None) is None
 
