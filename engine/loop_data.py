@@ -95,8 +95,9 @@ def share(examples: Sequence[Example], size: int, world: World) -> list[Sequence
     """
     parts = list(micro_batches(examples, size))
     mine = parts[world.rank :: world.size]
-    idle = replace(examples[0], labels=[IGNORE] * len(examples[0].labels))
-    return mine + [[idle]] * (math.ceil(len(parts) / world.size) - len(mine))
+    if len(mine) < math.ceil(len(parts) / world.size):
+        mine.append([replace(examples[0], labels=[IGNORE] * len(examples[0].labels))])
+    return mine
 
 
 def row_numbers(plan: StepPlan, train: Iterable[Example]) -> Sequence[int] | None:
