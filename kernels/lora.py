@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import lora_4bit
 from .lora_ops import cast, columns, doubled, scaled_b, stacked
 from .matmul_4bit import MATMUL_4BIT
 from .nf4 import Quantized4bit
@@ -120,17 +121,22 @@ def dense_weight(weight: Tensor | Quantized4bit, dtype: torch.dtype) -> Tensor:
     return cast(weight, dtype)
 
 
-def few_rows(rows: int, like: Tensor, weight: Tensor | Quantized4bit) -> bool:
-    """Whether a product of so few rows with this 4-bit weight is made without dequantising it first (generation)."""
-    if not isinstance(weight, Quantized4bit) or like.device.type != "cuda":
+def as_it_is(rows: int, like: Tensor, weight: Tensor | Quantized4bit) -> bool:
+    """Whether a product of so many rows takes this 4-bit weight without dequantising it first: on a GPU that of few
+    rows (generation), on CPU any."""
+    if not isinstance(weight, Quantized4bit) or like.device.type not in DISPATCH:
         return False
     x = like.new_empty(rows, weight.shape[1])
-    return MATMUL_4BIT.select("CUDA", (x, *weight.operands(), None, False)) is not MATMUL_4BIT.reference
+    key = DISPATCH[like.device.type]
+    return MATMUL_4BIT.select(key, (x, *weight.operands(), None, False)) is not MATMUL_4BIT.reference
+
+
+DISPATCH = {"cuda": "CUDA", "cpu": "CPU"}
 
 
 def forward_weights(projections: Sequence[Projection], x: Tensor) -> list[Tensor | None]:
-    """The weights in x's dtype; None for one that ``few_rows`` meet as it is."""
-    return [None if few_rows(x.shape[0], x, p.weight) else dense_weight(p.weight, x.dtype) for p in projections]
+    """The weights in x's dtype; None for one that is met ``as_it_is``."""
+    return [None if as_it_is(x.shape[0], x, p.weight) else dense_weight(p.weight, x.dtype) for p in projections]
 
 
 def project(
@@ -139,12 +145,21 @@ def project(
     """Y_i [M, N_i] from X [M, K] and S; ``weights`` are the ``forward_weights`` if they are there already."""
     weights = list(weights or forward_weights(projections, x))
     biases = [_combined_bias(p, x.dtype) for p in projections]
-    if s is None or any(weight is None for weight in weights):
+    quantized = _quantized(projections) if x.device.type == "cpu" and all(w is None for w in weights) else []
+    if s is None or (any(weight is None for weight in weights) and not quantized):
         ys = [_base(x, *parts) for parts in zip(projections, weights, biases, strict=True)]
         return ys if s is None else _add_low_ranks(ys, s, projections)
     loras, owners = all_adapters(projections)
     b, scalings, splits = [lora.b for lora in loras], [lora.scaling for lora in loras], [lora.split for lora in loras]
+    if quantized:
+        return torch.ops.fuselora.lora_project_4bit(
+            x, *lora_4bit.operands(quantized), biases, s, b, scalings, owners, splits
+        )
     return torch.ops.fuselora.lora_project(x, weights, biases, s, b, scalings, owners, splits)
+
+
+def _quantized(projections: Sequence[Projection]) -> list[Quantized4bit]:
+    return [p.weight for p in projections if isinstance(p.weight, Quantized4bit)]
 
 
 def route_mask(routes: Tensor, rows: int, ranks: Sequence[int]) -> Tensor:
@@ -212,7 +227,9 @@ def low_rank_backward(
         b, scalings = [lora.b for lora in loras], [lora.scaling for lora in loras]
         ds, dbs = ops.lora_grad_s_b(list(dys), s, b, scalings, owners, splits, need_b)
         ds = ds if routed is None else ds * routed
-    if need_dx:
+    if need_dx and weights and isinstance(weights[0], Quantized4bit):
+        dx = ops.lora_grad_x_4bit(list(dys), *lora_4bit.operands(weights), ds, a, seeds, ps, splits)
+    elif need_dx:
         dx = ops.lora_grad_x(list(dys) if weights else [], list(weights), ds, a, seeds, ps, splits)
     if not isinstance(x, Tensor):
         assert dx is not None
@@ -268,7 +285,7 @@ def projections_backward(
     projections, needs = [projections[i] for i in live], [needs[i] for i in live]
     weights = [weights[i] for i in live] if weights else []
     if need_dx and not weights:
-        weights = [dense_weight(p.weight, used[0].dtype) for p in projections]
+        weights = _backward_weights(projections, used[0])
     dx, x, lora_grads = low_rank_backward(used, weights if need_dx else [], x, projections, s, needs, need_dx)
     for i, dy, proj, need in zip(live, used, projections, needs, strict=True):
         loras = adapters(proj.lora)
@@ -278,6 +295,13 @@ def projections_backward(
         parts = (grad._replace(bias=bias) for grad, bias in zip(mine, lora_biases, strict=True))
         grads[i] = Projection(dw, dbias, tuple(parts))
     return dx, grads
+
+
+def _backward_weights(projections: Sequence[Projection], dy: Tensor) -> list[Tensor] | list[Quantized4bit]:
+    """The weights that dX meets: 4-bit ones if it takes all of them as they are, else dense ones."""
+    if dy.device.type == "cpu" and all(as_it_is(dy.shape[0], dy, p.weight) for p in projections):
+        return _quantized(projections)
+    return [dense_weight(p.weight, dy.dtype) for p in projections]
 
 
 def _live_columns(s: Tensor | None, projections: Sequence[Projection], live: Sequence[int]) -> Tensor | None:

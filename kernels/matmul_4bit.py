@@ -5,7 +5,8 @@
 
 W is the weight of nf4.py rounded to X's dtype. For many rows it is dequantised, 2 bytes per weight written and read
 again, and multiplied by a library GEMM; for few rows kernels/gpu/nf4_matmul.py dequantises inside the product, and for
-up to 8, forward, csrc/cuda/nf4_matmul.cuh.
+up to 8, forward, csrc/cuda/nf4_matmul.cuh. The CPU's product decodes the weight panel by panel, for any number of rows
+(csrc/cpu/gemm.cpp).
 
 Bytes of a fused product: 0.5 NK + scales, X and Y once, and fp32 partial sums, written and read, where the reduced
 dimension is split over programs (kernels/gpu/nf4_plan.py). Saved for backward: the 4-bit weight itself, nothing new.
@@ -21,9 +22,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import checks, nf4_cuda
+from . import checks, native, nf4_cuda
 from .gpu import choices, nf4_plan
 from .gpu.launch import capability, lazy, refusal
+from .native_gemm import Term, gemm, has_amx, rows_of
 from .nf4 import QUANT, Quantized4bit, _reference, check_quantized, random_weight, stored_bytes
 from .registry import Cost, Sample, define, function, implement
 
@@ -126,6 +128,36 @@ def _triton_supports(
     return None
 
 
+def native_refusal(rows: int, *tensors: Tensor) -> str | None:
+    """Why the native CPU products of these operands, all of one dtype, with 4-bit weights can't run, or don't pay."""
+    if len({t.dtype for t in tensors}) > 1:
+        return "inputs have different dtypes"
+    if reason := native.unsupported(*tensors):
+        return reason
+    if tensors[0].dtype == torch.bfloat16 and has_amx() and rows > AMX_ROWS:
+        return "many rows: dequantise, and multiply in AMX tiles"
+    return None
+
+
+# A prediction, from AMX's 16 times AVX-512 BF16's rate and 11 GB/s of dequantised weight: not measured there.
+AMX_ROWS = 64
+
+
+def _cpu(x: Tensor, *operands) -> Tensor:
+    *weight, bias, transpose = operands
+    width = weight[-1] if transpose else weight[-2]
+    term = Term(rows_of(x), None, transpose, quantized=tuple(weight))
+    return gemm([term], width, bias=None if bias is None else rows_of(bias))
+
+
+def _cpu_supports(x: Tensor, data: Tensor, absmax: Tensor, code: Tensor, *rest) -> str | None:
+    bias = rest[-2]
+    if code.dtype != torch.float32:
+        return f"the code is {code.dtype}"
+    return native_refusal(x.shape[0], x) if bias is None else native_refusal(x.shape[0], x, bias)
+
+
+implement(MATMUL_4BIT, "cpu", _cpu, _cpu_supports)
 implement(MATMUL_4BIT, "cuda", nf4_cuda.matmul_4bit, nf4_cuda.matmul_refusal)
 implement(MATMUL_4BIT, "triton", lazy("nf4_matmul", "matmul_4bit"), _triton_supports)
 

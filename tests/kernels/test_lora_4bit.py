@@ -15,7 +15,7 @@ from fuselora.functional import (
     lora_mlp,
     quantize_4bit,
 )
-from fuselora.kernels import lora
+from fuselora.kernels import lora, lora_native, native
 from fuselora.kernels.dropout import draw_seed
 from fuselora.testing import saved_bytes
 
@@ -42,7 +42,9 @@ def results(fn, x, projections):
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_qkv_and_mlp_equal_the_dequantised_weights(dtype, double):
+def test_qkv_and_mlp_equal_the_dequantised_weights(dtype, double, monkeypatch):
+    """Both with the native products: torch's, which few rows of dense weights get, add in another order."""
+    monkeypatch.setattr(lora_native, "dense_refusal", lambda rows, *tensors: native.unsupported(*tensors))
     x = torch.randn(2, 5, 40).to(dtype).requires_grad_()
     qkv = [projection(n, 40, dtype, bias=n == 24, double=double) for n in (40, 24, 24)]
     mlp = [projection(*size, dtype, double=double) for size in ((56, 40), (56, 40), (40, 56))]
@@ -66,10 +68,27 @@ def test_few_rows_meet_the_weight_as_it_is(monkeypatch):
 
     dense = run()
     calls = []
-    monkeypatch.setattr(lora, "few_rows", lambda rows, like, weight: calls.append(rows) or weight is not mlp[1].weight)
+    monkeypatch.setattr(lora, "as_it_is", lambda rows, like, weight: calls.append(rows) or weight is not mlp[1].weight)
     for a, b in zip(run(), dense, strict=True):
         torch.testing.assert_close(a, b)
-    assert calls == [2] * 6
+    assert calls == [2] * 12  # six weights, forward and backward
+
+
+@pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
+@pytest.mark.parametrize("rows", [3, 33])
+def test_cpu_dequantises_nothing(rows):
+    """Forward, backward and what checkpointing repeats, of single linears, groups and MLP blocks."""
+    x = torch.randn(rows, 64, dtype=torch.bfloat16, requires_grad=True)
+    qkv, mlp = ([projection(*size, torch.bfloat16) for size in ((96, 64), (96, 64), (64, 96))] for _ in range(2))
+    with Count() as count:
+        for fn in (
+            lambda t: lora_linear(t, *qkv[0]),
+            lambda t: sum(lora_linears(t, qkv[:2])),
+            lambda t: lora_mlp(t, *mlp),
+        ):
+            fn(x).sum().backward()
+            checkpoint(fn, x, use_reentrant=False).sum().backward()
+    assert count.calls == 0
 
 
 def test_dense_weights_are_not_kept():
@@ -90,7 +109,8 @@ class Count(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_one_dequantisation_serves_recomputation_and_backward(reentrant):
+def test_one_dequantisation_serves_recomputation_and_backward(reentrant, monkeypatch):
+    monkeypatch.setattr(lora, "as_it_is", lambda *args: False)
     x = torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True)
     proj = projection(96, 64, torch.bfloat16)
     with Count() as plain:

@@ -1,0 +1,148 @@
+"""Products on the CPU with few right operands, one rounding and no temporary: ``fuselora_gemm`` called on tensors.
+
+    out = alpha * sum_t A_t B_t + bias        A_t [M, k_t], B_t [k_t, N], out [M, N]
+
+A term's B is a linear's weight [N, k] (``by_rows`` false), a matrix [k, N] as it lies (true), a 4-bit weight either way
+round, or an adapter times a scale: rounded to the product's dtype, or what that rounding left, so that fp32 adapters
+enter bf16 products in two parts without a copy of them (lora.py). So a projection with its adapters, or an input
+gradient of several projections with theirs, is one product: fp32 sums over all terms.
+
+Bytes: every operand once, half a byte per 4-bit weight, and the panels, which stay in the L2 cache (csrc/cpu/gemm.cpp).
+Numerics: fp32 accumulation over ascending k within a term and from term to term; weights and adapters rounded to the
+dtype of A. The same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+
+# The fields of fuselora_gemm_term and fuselora_weight_4bit (csrc/include/fuselora.h): packing bytes takes 1 us, filling
+# ctypes structures several.
+TERM = struct.Struct("=QqqQQqdiiii")
+WEIGHT_4BIT = struct.Struct("=QQQQQQqq")
+
+
+class Term(NamedTuple):
+    """A [M, k] and B, both with contiguous rows. B is ``data`` [N, k] or, ``by_rows``, [k, N]; or the 4-bit weight of
+    ``quantized``, the operands of the 4-bit ops (nf4.py): data, absmax, code, absmax2, code2, offset, sizes."""
+
+    a: Tensor
+    data: Tensor | None
+    by_rows: bool = False
+    scale: float = 1.0
+    rest: bool = False
+    quantized: tuple | None = None
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """t, or a copy, with contiguous rows."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def adapter_terms(a: Tensor, adapter: Tensor, by_rows: bool, scale: float, split: bool) -> list[Term]:
+    """One term, or for a split adapter two: its rounded part, and the rest."""
+    adapter = rows_of(adapter)
+    return [Term(a, adapter, by_rows, scale, rest) for rest in ((False, True) if split else (False,))]
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _pack(terms: Sequence[Term]) -> tuple[ctypes.Array, ctypes.Array]:
+    """The terms as the library reads them, and the 4-bit weights that they point to."""
+    weights = ctypes.create_string_buffer(WEIGHT_4BIT.size * len(terms))
+    packed = ctypes.create_string_buffer(TERM.size * len(terms))
+    for i, t in enumerate(terms):
+        if t.quantized is None:
+            assert t.data is not None
+            data, place, stride, dtype = t.data.data_ptr(), 0, t.data.stride(0), native.DTYPE[t.data.dtype]
+        else:
+            *tensors, blocksize, blocksize2, _, stride = t.quantized
+            WEIGHT_4BIT.pack_into(weights, i * WEIGHT_4BIT.size, *map(_address, tensors), blocksize, blocksize2)
+            data, place, dtype = 0, ctypes.addressof(weights) + i * WEIGHT_4BIT.size, 0
+        fields = (
+            t.a.data_ptr(),
+            t.a.stride(0),
+            t.a.shape[1],
+            data,
+            place,
+            stride,
+            t.scale,
+            dtype,
+            t.by_rows,
+            t.rest,
+            0,
+        )
+        TERM.pack_into(packed, i * TERM.size, *fields)
+    return packed, weights
+
+
+def gemm(
+    terms: Sequence[Term],
+    n: int,
+    *,
+    bias: Tensor | None = None,
+    alpha: float = 1.0,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """The product [M, N], or ``transposed`` [N, M], of ``dtype`` (default: that of the A's), or into ``out``
+    [M, N] with contiguous rows. At least one term; a sum of no depth is the bias, or zero."""
+    m, like = terms[0].a.shape[0], terms[0].a
+    if out is None:
+        out = like.new_empty((n, m) if transposed else (m, n), dtype=dtype)
+    terms = [t for t in terms if t.a.shape[1]]
+    if not out.numel():
+        return out
+    if not terms:
+        return out.zero_() if bias is None else out.copy_(bias)
+    strides = (1, m) if transposed else (out.stride(0), 1)
+    packed, weights = _pack(terms)  # weights: kept alive during the call
+    native.call(
+        "fuselora_gemm", out.data_ptr(), *strides, native.DTYPE[out.dtype], m, n, packed, len(terms),
+        native.pointer(bias), alpha, native.DTYPE[like.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+@functools.cache
+def _cpu_flags() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text().partition("\n\n")[0] if cpuinfo.exists() else ""
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether oneDNN multiplies bf16 in AMX tiles here, with which these kernels don't compete."""
+    return "amx_bf16" in _cpu_flags()
+
+
+# Rows from which a product of dense operands runs here; measured on a Zen 5 core, see docs/kernels.md. MKL reaches 40 %
+# of an AMD core's fp32 peak; in fp16 torch has no fast product of a weight as it lies.
+LEAST_ROWS = {torch.bfloat16: 64, torch.float32: 16, torch.float16: 1}
+
+
+def dense_refusal(rows: int, *tensors: Tensor | None) -> str | None:
+    """Why a product of dense operands with so many rows is better left to torch's library, or None."""
+    if reason := native.unsupported(*tensors):
+        return reason
+    dtype, isa = next(t.dtype for t in tensors if t is not None), native.isa()
+    if rows < LEAST_ROWS[dtype]:
+        return f"{rows} rows: below {LEAST_ROWS[dtype]} torch's library is as fast"
+    if dtype == torch.bfloat16 and (has_amx() or isa != "avx512_bf16"):
+        return "oneDNN multiplies bf16 faster with this instruction set"
+    if dtype == torch.float32 and ("AuthenticAMD" not in _cpu_flags() or not isa.startswith("avx512")):
+        return "MKL multiplies fp32 as fast on this processor"
+    return None
