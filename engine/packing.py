@@ -28,13 +28,15 @@ import bisect
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from functools import cached_property
+from itertools import accumulate, chain
+from typing import Any, overload
 
 import torch
 
-from fuselora.engine.chat import IGNORE, Example, collate, epoch_order
+from fuselora.engine.chat import IGNORE, AnyExample, Example, collate, epoch_order, sequences
 from fuselora.engine.config import Config
+from fuselora.engine.errors import expected
 from fuselora.engine.longlora import group_size
 
 
@@ -45,16 +47,24 @@ class Pack(Example):
     lengths: tuple[int, ...]
 
 
-def join(examples: Iterable[Example]) -> Pack:
-    """One row of the examples in order. Packs may be joined too."""
+def join(examples: Iterable[AnyExample]) -> Pack:
+    """One row of the examples in order; of a preference first the better, then the worse answer, each a document.
+
+    Packs may be joined too.
+    """
     ids: list[int] = []
     labels: list[int] = []
     lengths: list[int] = []
-    for example in examples:
+    for example in chain.from_iterable(map(sequences, examples)):
         ids += example.input_ids
         labels += [IGNORE, *example.labels[1:]]
         lengths += example.lengths if isinstance(example, Pack) else (len(example.input_ids),)
     return Pack(ids, labels, tuple(lengths))
+
+
+def tokens_of(example: AnyExample) -> int:
+    """How many tokens of a row it takes."""
+    return sum(len(sequence.input_ids) for sequence in sequences(example))
 
 
 def best_fit(lengths: Sequence[int], capacity: int, order: Sequence[int] | None = None) -> list[list[int]]:
@@ -88,35 +98,42 @@ def best_fit(lengths: Sequence[int], capacity: int, order: Sequence[int] | None 
     return rows
 
 
-def pack_epoch(examples: Sequence[Example], capacity: int, *, seed: int, epoch: int) -> list[Pack]:
+def pack_rows(lengths: Sequence[int], capacity: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """``best_fit`` with equal lengths in the epoch's order, and the rows shuffled by it."""
+    rows = best_fit(lengths, capacity, epoch_order(len(lengths), seed=seed, epoch=epoch))
+    return [rows[row] for row in epoch_order(len(rows), seed=seed, epoch=epoch)]
+
+
+def pack_epoch(examples: Sequence[AnyExample], capacity: int, *, seed: int, epoch: int) -> list[Pack]:
     """All examples in packs of at most ``capacity`` tokens, in the order of this epoch."""
-    order = epoch_order(len(examples), seed=seed, epoch=epoch)
-    rows = best_fit([len(example.input_ids) for example in examples], capacity, order)
-    shuffled = epoch_order(len(rows), seed=seed, epoch=epoch)
-    return [join(examples[i] for i in rows[row]) for row in shuffled]
+    rows = pack_rows([tokens_of(example) for example in examples], capacity, seed=seed, epoch=epoch)
+    return [join(examples[i] for i in row) for row in rows]
 
 
-def cut_stream(documents: Iterable[Example], length: int, *, isolated: bool) -> list[Pack]:
-    """Text as pre-training takes it: documents one after the other, cut every ``length`` tokens; the last may be short.
+@dataclass(frozen=True)
+class Epoch(Sequence[Example]):
+    """The units of one epoch, each made when it is asked for: examples may lie on a disk.
 
-    ``isolated`` keeps documents apart inside a piece. Otherwise a piece is one document: each token, also the first of
-    a document, is predicted from all before it in the piece.
+    ``order`` has an index into ``examples`` per unit, or the list of those that share a row.
     """
-    ids: list[int] = []
-    labels: list[int] = []
-    borders: list[int] = []
-    for document in documents:
-        borders.append(len(ids))
-        ids += document.input_ids
-        labels += document.labels
-    pieces = []
-    for start in range(0, len(ids), length):
-        stop = min(start + length, len(ids))
-        inside = borders[bisect.bisect_right(borders, start) : bisect.bisect_left(borders, stop)] if isolated else []
-        edges = [start, *inside, stop]
-        parts = [Example(ids[a:b], labels[a:b]) for a, b in zip(edges, edges[1:], strict=False) if b > a]
-        pieces.append(join(parts))
-    return pieces
+
+    examples: Sequence[Example]
+    order: Sequence[int | list[int]]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        unit = self.order[index]
+        return self.examples[unit] if isinstance(unit, int) else join(self.examples[i] for i in unit)
 
 
 class Units:
@@ -124,26 +141,35 @@ class Units:
 
     def __init__(self, examples: Sequence[Example], config: Config) -> None:
         self.examples, self.config = examples, config
-        self._epoch: int | None = None
-        self._of_epoch: list[Example] = []
+        self._current: tuple[int, Epoch] | None = None
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        lengths = [tokens_of(example) for example in self.examples]
+        if max(lengths, default=0) > self.config.cutoff_len:
+            want = f"at least the {max(lengths)} tokens of the longest example, with packing"
+            raise expected("cutoff_len", want, self.config.cutoff_len, "raise it")
+        return lengths
+
+    @cached_property
+    def count(self) -> int:
+        """Units per epoch, the same in every epoch."""
+        return len(best_fit(self.lengths, self.config.cutoff_len)) if self.config.packed else len(self.examples)
 
     def __len__(self) -> int:
-        """Units per epoch, the same in every epoch."""
-        if not self.config.packed:
-            return len(self.examples)
-        return len(best_fit([len(example.input_ids) for example in self.examples], self.config.cutoff_len))
+        return self.count
 
-    def of_epoch(self, epoch: int) -> list[Example]:
-        """The epoch's units; the last epoch asked for is kept."""
-        if epoch != self._epoch:
+    def of_epoch(self, epoch: int) -> Epoch:
+        """The epoch's units; the order of the last epoch asked for is kept."""
+        if self._current is None or self._current[0] != epoch:
             seed = self.config.order_seed
+            order: list[Any]
             if self.config.packed:
-                self._of_epoch = [*pack_epoch(self.examples, self.config.cutoff_len, seed=seed, epoch=epoch)]
+                order = pack_rows(self.lengths, self.config.cutoff_len, seed=seed, epoch=epoch)
             else:
                 order = epoch_order(len(self.examples), seed=seed, epoch=epoch)
-                self._of_epoch = [self.examples[i] for i in order]
-            self._epoch = epoch
-        return self._of_epoch
+            self._current = epoch, Epoch(self.examples, order)
+        return self._current[1]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from tests.support.twins import SMALL
 
 import fuselora
 from fuselora.engine import packing
-from fuselora.engine.chat import IGNORE, Example, encode_all
+from fuselora.engine.chat import IGNORE, Example, FeedbackExample, PreferenceExample, encode_all
 from fuselora.engine.data import load_splits
 from fuselora.engine.errors import UserError
 from fuselora.engine.model import build_model
@@ -66,8 +66,14 @@ def test_units_of_an_epoch(make_config, keys):
     units = packing.Units(examples, make_config(cutoff_len=16, **keys))
     epochs = [units.of_epoch(epoch) for epoch in (0, 1)]
     assert [len(epoch) for epoch in epochs] == [len(units)] * 2 and len(units) == (13 if keys else 50)
-    assert epochs[0] != epochs[1] and units.of_epoch(0) == epochs[0]
+    assert list(epochs[0]) != list(epochs[1]) and list(units.of_epoch(0)) == list(epochs[0])
+    assert epochs[0][2:4] == [epochs[0][2], epochs[0][3]] and epochs[0][-1] == list(epochs[0])[-1]
     assert {sum(unit.trained for unit in epoch) for epoch in epochs} == {sum(e.trained for e in examples)}
+
+
+def test_an_example_longer_than_a_row_is_refused(make_config):
+    with pytest.raises(UserError, match="cutoff_len: expected at least the 20 tokens of the longest example, with pac"):
+        len(packing.Units(examples_of((5, 20)), make_config(cutoff_len=16, packing=True)))
 
 
 def test_batch_layout():
@@ -148,15 +154,13 @@ def test_a_gradient_reaches_its_own_document_only():
     assert reached.tolist() == [False] * 5 + [True] * 9 + [False] * 4
 
 
-def test_stream_is_cut_into_pieces():
-    documents = [Example([1, 2, 3], [1, 2, 3]), Example([4, 5], [4, 5]), Example([6, 7, 8], [6, 7, 8])]
-    apart = packing.cut_stream(documents, 4, isolated=True)
-    assert [(p.input_ids, p.labels, p.lengths) for p in apart] == [
-        ([1, 2, 3, 4], [IGNORE, 2, 3, IGNORE], (3, 1)),
-        ([5, 6, 7, 8], [IGNORE, IGNORE, 7, 8], (1, 3)),
-    ]
-    through = packing.cut_stream(documents, 5, isolated=False)
-    assert [(p.labels, p.lengths) for p in through] == [([IGNORE, 2, 3, 4, 5], (5,)), ([IGNORE, 7, 8], (3,))]
+def test_both_answers_of_a_preference_share_a_row():
+    chosen, rejected = Example([3, 4, 5], [IGNORE, 4, 5]), Example([3, 4], [IGNORE, 4])
+    pack = packing.join([PreferenceExample(chosen, rejected), FeedbackExample(Example([6], [6]), desirable=True)])
+    assert pack == packing.Pack([3, 4, 5, 3, 4, 6], [IGNORE, 4, 5, IGNORE, 4, IGNORE], (3, 2, 1))
+    pairs = [PreferenceExample(*examples_of((n, m), seed=n)) for n, m in ((5, 3), (4, 4), (2, 6), (7, 1))]
+    packs = packing.pack_epoch(pairs, 16, seed=0, epoch=0)
+    assert sorted(sum(pack.lengths) for pack in packs) == [16, 16] and {len(pack.lengths) for pack in packs} == {4}
 
 
 @pytest.fixture
