@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from tests.support.bnb import dense_twin, import_bnb, qlora_model
-from tests.support.models import batch
-from tests.support.parity import assert_all_fused, assert_close_to_truth, run, run_truth
+from tests.support.bnb import SIZES, dense_twin, import_bnb, qlora_model, quantize_linears
+from tests.support.models import add_lora, base_model, batch
+from tests.support.parity import Run, assert_all_fused, assert_close_to_truth, run, run_truth
 
 import fuselora
 
@@ -34,6 +34,31 @@ def check(stock: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"])
 def test_families(family, dtype):
     check(qlora_model(family, dtype), dtype)
+
+
+def pooled(runs: list[Run]) -> Run:
+    """Runs of several models as one: more losses, logits and gradients of each name."""
+    grads = {name: torch.cat([one.grads[name] for one in runs]) for name in runs[0].grads}
+    return Run(torch.cat([one.losses for one in runs]), torch.cat([one.logits for one in runs]), grads)
+
+
+@DTYPES
+def test_gemma3_over_several_models(dtype):
+    """Random Gemma 3 models have losses near 30, whose bf16 errors scatter by 1.4e-2 in stock and in ours: of one model
+    the largest of four may be 4e-2 in one and 2e-2 in the other. Over 40 models with four batches each ours was 0.94
+    times stock's in rms (bootstrap: 0.82 to 1.07), and the same without fused norms, head or layers."""
+    many: dict[str, list[Run]] = {"ours": [], "truth": [], "stock": []}
+    for seed in range(8):
+        stock = add_lora(
+            quantize_linears(base_model("gemma3_text", dtype, seed=seed, **SIZES, head_dim=16), compute=dtype)
+        )
+        ours = fuselora.patch_model(copy.deepcopy(stock), strict=True)
+        inputs = [batch(seed=10 * seed + i, pad="right" if i % 2 else None) for i in SEEDS]
+        many["ours"].append(run(ours, inputs))
+        many["truth"].append(run_truth(dense_twin(stock, dtype), inputs))
+        many["stock"].append(run(stock, inputs))
+        assert_all_fused(ours)
+    assert_close_to_truth(pooled(many["ours"]), pooled(many["truth"]), pooled(many["stock"]), dtype)
 
 
 @pytest.mark.parametrize(
