@@ -74,10 +74,13 @@ class World:
 def start(config: Config) -> World:
     """Join the group that the launcher's environment variables describe; without them, one process."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.deepspeed:
+        raise expected(
+            "deepspeed", "null", "a configuration, which nothing here reads yet", "set fsdp: full_shard instead of ZeRO"
+        )
     if size == 1:
-        if config.fsdp or config.deepspeed:
-            key = "fsdp" if config.fsdp else "deepspeed"
-            raise expected(key, "several processes", "one", "start with torchrun --nproc_per_node N, or drop the key")
+        if config.fsdp:
+            raise expected("fsdp", "several processes", "one", "start with torchrun, or drop the key")
         return World()
     cuda = torch.cuda.is_available() and not config.use_cpu
     if cuda:

@@ -40,8 +40,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     adam: dict[str, Any] = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     optimizer: torch.optim.Optimizer
     if config.optim == "auto":
-        fused = fits_fused(p for group in groups for _, p in group["params"])
-        optimizer = (FusedAdamW if fused else torch.optim.AdamW)(groups, lr=config.learning_rate, **adam)
+        optimizer = _auto(groups, config.learning_rate, adam)
     elif config.optim.startswith("adamw_torch"):
         fused = True if config.optim == "adamw_torch_fused" else None
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, **adam)
@@ -59,10 +58,15 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return optimizer
 
 
-def fits_fused(params: Any) -> bool:
-    """Whether all weights are plain tensors on a GPU: FusedAdamW reads them by address, so not FSDP2's shards."""
-    params = list(params)
-    return bool(params) and all(p.is_cuda and type(p.data) is Tensor for p in params)
+def _auto(groups: list[dict[str, Any]], rate: float, adam: dict[str, Any]) -> torch.optim.AdamW:
+    """Three launches for all weights on a GPU, torch's fused loop on a CPU, torch's plain AdamW for FSDP2's shards,
+    which can't be read by address.
+    """
+    params = [p for group in groups for _, p in group["params"]]
+    whole = bool(params) and all(type(p.data) is Tensor for p in params)
+    if whole and all(p.is_cuda for p in params):
+        return FusedAdamW(groups, lr=rate, **adam)
+    return torch.optim.AdamW(groups, lr=rate, fused=True if whole else None, **adam)
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:

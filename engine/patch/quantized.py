@@ -42,9 +42,12 @@ def read_4bit(module: Any) -> Projection | str:
             else Projection(module.quantized(), module.bias)
         )
     weight = module.weight
-    if type(weight).__name__ != "Params4bit":
+    if type(weight) is nn.Parameter and not weight.is_floating_point():  # FSDP2 gathers the bytes alone
+        state = module.quant_state
+    elif type(weight).__name__ != "Params4bit":
         return f"its weight is a {type(weight).__name__}"
-    state = weight.quant_state
+    else:
+        state = weight.quant_state
     if state is None:
         return "its weight is not quantised yet: move the model to its device first"
     if getattr(state, "packing_format_for_cpu", False):
@@ -88,7 +91,7 @@ def _autocast_reason(x: Tensor) -> str | None:
 def _storage_reason(module: Any, computes: torch.dtype) -> str | None:
     if type(module) is Linear4bit:
         return None
-    stored = module.weight.quant_state.dtype
+    stored = (getattr(module.weight, "quant_state", None) or module.quant_state).dtype
     if stored in (computes, torch.float32):
         return None
     return f"the weight was quantised from {stored} and rounds through it; the layer computes in {computes}"
