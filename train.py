@@ -55,6 +55,8 @@ def train(config: Config) -> int:
             print(said)
 
     trainer = Trainer(model, data.train, data.held_out, config, pad_id=tokenizer.pad_token_id, world=world)
+    if config.packed and trainer.data.units is not None:
+        print(trainer.data.units.report)
     if not config.do_train:
         print(f"held-out loss {trainer.evaluate()['eval_loss']:.4f}")
         return 0

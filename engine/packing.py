@@ -159,6 +159,15 @@ class Units:
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def report(self) -> str:
+        """What packing made of the examples."""
+        filled = sum(self.lengths) / (self.count * self.config.cutoff_len)
+        return (
+            f"packing: {len(self.examples)} examples in {self.count} rows of {self.config.cutoff_len} tokens, "
+            f"{filled:.1%} filled, kept apart"
+        )
+
     def of_epoch(self, epoch: int) -> Epoch:
         """The epoch's units; the order of the last epoch asked for is kept."""
         if self._current is None or self._current[0] != epoch:

@@ -65,6 +65,7 @@ def test_units_of_an_epoch(make_config, keys):
     examples = examples_of([n % 7 + 1 for n in range(50)])
     units = packing.Units(examples, make_config(cutoff_len=16, **keys))
     epochs = [units.of_epoch(epoch) for epoch in (0, 1)]
+    assert not keys or units.report == "packing: 50 examples in 13 rows of 16 tokens, 94.7% filled, kept apart"
     assert [len(epoch) for epoch in epochs] == [len(units)] * 2 and len(units) == (13 if keys else 50)
     assert list(epochs[0]) != list(epochs[1]) and list(units.of_epoch(0)) == list(epochs[0])
     assert epochs[0][2:4] == [epochs[0][2], epochs[0][3]] and epochs[0][-1] == list(epochs[0])[-1]
