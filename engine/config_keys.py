@@ -307,7 +307,7 @@ class TrainKeys:
         None,
         "A mapping, or a JSON file with one; reshard_after_forward counts, layers are found by themselves.",
     )
-    deepspeed: dict[str, Any] | str | None = _key("train", None, "DeepSpeed's configuration: a JSON file or a mapping.")
+    deepspeed: dict[str, Any] | str | None = _key("train", None, "Not read yet; fsdp shards the same states.")
 
 
 @dataclass(frozen=True, kw_only=True)

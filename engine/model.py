@@ -159,7 +159,8 @@ def build_model(base: str, config: Config) -> Any:
     turn them and with them the residual stream to fp32, though norms compute in fp32 inside anyway.
     """
     torch.manual_seed(config.seed)
-    dtype = torch.bfloat16 if config.bf16 or config.pure_bf16 else torch.float32
+    half = torch.float16 if config.fp16 else torch.float32
+    dtype = torch.bfloat16 if config.bf16 or config.pure_bf16 else half
     model: Any = load_base(base, config, dtype)
     if config.rope_scaling is not None:
         print(describe(model.config, config.rope_scaling, config.cutoff_len))

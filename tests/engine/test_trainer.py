@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+from tests.support.models import fill_adapters
 
 from fuselora.engine.errors import UserError
 from fuselora.engine.fused_adamw import FusedAdamW
+from fuselora.engine.loop_data import share
 
 
 def test_batch_geometry_does_not_change_the_result(make_trainer, weights, tmp_path):
@@ -28,6 +30,33 @@ def test_batch_geometry_does_not_change_the_result(make_trainer, weights, tmp_pa
     for losses, trained in results[1:]:
         torch.testing.assert_close(losses, results[0][0], rtol=1e-5, atol=0)
         torch.testing.assert_close(trained, results[0][1], rtol=1e-3, atol=1e-5)
+
+
+GEOMETRIES = {
+    "rows one by one": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 24},
+    "uneven micro-batches": {"per_device_train_batch_size": 7, "gradient_accumulation_steps": 4},
+    "packed": {"packing": True, "cutoff_len": 64, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 9},
+    "one flat row": {"padding_free": True, "per_device_train_batch_size": 12, "gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_loss_and_gradients_of_any_geometry_are_equal(make_trainer, tmp_path, geometry):
+    """All 24 rows in one step, whatever way; the bound is a few roundings of the largest gradient."""
+
+    def gradients(name, keys):
+        trainer = make_trainer(max_steps=1, output_dir=str(tmp_path / name), **keys)
+        fill_adapters(trainer.model)
+        trainer.model.train()
+        plan = trainer.data.take(0)
+        loss = trainer.stepper.backward(share(plan.examples, trainer.micro_size, trainer.world), plan.tokens)
+        return loss, {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    loss, expected = gradients("whole", {"per_device_train_batch_size": 24})
+    other, found = gradients("other", GEOMETRIES[geometry])
+    assert other.item() == pytest.approx(loss.item(), rel=1e-6)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 2e-6 * gradient.abs().max(), name
 
 
 def test_loss_is_the_mean_over_trained_tokens(make_trainer):
