@@ -45,10 +45,12 @@ from .cross_entropy_rows import (
 )
 from .gpu.launch import refusal
 from .head_chunks import Gradients, RowPass, Tokens, chunk_size, packed_count
+from .native_gemm import product, torch_product
 from .registry import Cost, Sample, define, implement
 from .rms_norm import accumulator
 
 NATIVE = over_tokens(native_rows)
+PRODUCTS = {NATIVE: product}
 
 
 @torch.no_grad()
@@ -60,7 +62,7 @@ def _loss_and_gradients(
 ):  # fmt: skip
     check_label_range("linear_cross_entropy", labels, weight.shape[0], ignore_index)
     terms = Terms(ignore_index, softcap, label_smoothing, logit_scale, z_loss)
-    tokens = Tokens(hidden, labels, ignore_index, max_valid, known)
+    tokens = Tokens(hidden, labels, ignore_index, max_valid, known, PRODUCTS.get(process, torch_product))
     new = torch.empty if tokens.index is None else torch.zeros
     loss = new(labels.shape, dtype=accumulator(hidden.dtype), device=hidden.device)
     grads = Gradients(tokens, weight, bias, (need_dh, need_dw, need_db))
@@ -79,7 +81,7 @@ def _rows(
 ):  # fmt: skip
     check_label_range("linear_cross_entropy", labels, weight.shape[0], ignore_index)
     terms = Terms(ignore_index, softcap, label_smoothing, logit_scale, z_loss)
-    tokens = Tokens(hidden, labels, ignore_index, max_valid, known)
+    tokens = Tokens(hidden, labels, ignore_index, max_valid, known, PRODUCTS.get(process, torch_product))
     loss, lse, entropy = _fake_rows(hidden, weight, bias, labels, *terms, chunk_tokens, max_valid, need_entropy)
     if tokens.index is not None:
         for t in (loss, lse, entropy):
@@ -98,7 +100,7 @@ def _rows_bwd(
     chunk_tokens: int, max_valid: int | None, need_dh: bool, need_dw: bool, need_db: bool,
 ):  # fmt: skip
     terms = Terms(ignore_index, softcap, label_smoothing, logit_scale, z_loss)
-    tokens = Tokens(hidden, labels, ignore_index, max_valid, known)
+    tokens = Tokens(hidden, labels, ignore_index, max_valid, known, PRODUCTS.get(process, torch_product))
     grads = Gradients(tokens, weight, bias, (need_dh, need_dw, need_db))
     for part, x in tokens.chunks(weight, bias, chunk_tokens):
         tokens.apply(process, part, x, labels, terms, Out(), upstream=dloss, dentropy=dentropy, dx=x)

@@ -10,8 +10,10 @@ from torch import Tensor
 from . import checks
 from .blocks import row_blocks
 from .cross_entropy_rows import Out, Terms
+from .native_gemm import torch_product
 from .rms_norm import accumulator
 
+Product = Callable[..., Tensor]  # native_gemm's product or torch_product
 RowPass = Callable[..., None]  # triton_rows, or over_tokens of process_rows or native_rows
 CHUNK_BYTES_CPU = 1 << 24
 MIN_CHUNK_CPU, MIN_CHUNK, MAX_CHUNK = 128, 512, 1024
@@ -63,10 +65,14 @@ def chunk_size(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
 class Tokens:
     """The tokens to compute: ``index`` of them, None for all, and their hidden states, packed.
 
-    ``known``: their number may be read on the host.
+    ``known``: their number may be read on the host. ``product`` multiplies them with the head.
     """
 
-    def __init__(self, hidden: Tensor, labels: Tensor, ignore_index: int, max_valid: int | None, known: bool):
+    def __init__(
+        self, hidden: Tensor, labels: Tensor, ignore_index: int, max_valid: int | None, known: bool,
+        product: Product = torch_product,
+    ):  # fmt: skip
+        self.product = product
         self.index = computed_tokens("linear_cross_entropy", labels, ignore_index, max_valid, known)
         self.count = labels.numel()
         self.hidden = hidden if self.index is None else hidden.index_select(0, self.index)
@@ -80,10 +86,7 @@ class Tokens:
         for start in range(0, count, tokens or 1):
             part = slice(start, min(start + tokens, count))
             h, x = self.hidden[part], buffer[: part.stop - start]
-            if bias is None:
-                torch.mm(h, weight.t(), out=x)
-            else:
-                torch.addmm(bias, h, weight.t(), out=x)
+            self.product(h, weight, x, bias=bias)
             yield part, x
 
     def apply(
@@ -125,7 +128,7 @@ class Gradients:
         if self.db.numel():
             self.db += dx.sum(0, dtype=self.db.dtype)
         if self.need_dh:
-            torch.mm(dx, self.weight, out=self.dh[part])
+            self.tokens.product(dx, self.weight, self.dh[part], by_rows=True)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         dh, db = self.dh, self.db if self.bias is None else self.db.to(self.bias.dtype)

@@ -146,3 +146,18 @@ def dense_refusal(rows: int, *tensors: Tensor | None) -> str | None:
     if dtype == torch.float32 and ("AuthenticAMD" not in _cpu_flags() or not isa.startswith("avx512")):
         return "MKL multiplies fp32 as fast on this processor"
     return None
+
+
+def torch_product(a: Tensor, b: Tensor, out: Tensor, *, by_rows: bool = False, bias: Tensor | None = None) -> Tensor:
+    """out [M, N] = a b^T + bias with b [N, k], or ``by_rows`` a b with b [k, N]."""
+    right = b if by_rows else b.t()
+    return torch.mm(a, right, out=out) if bias is None else torch.addmm(bias, a, right, out=out)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, by_rows: bool = False, bias: Tensor | None = None) -> Tensor:
+    """The same on CPU: here where that pays, else by torch."""
+    operands = (a, b) if bias is None else (a, b, bias)
+    if len({t.dtype for t in operands}) > 1 or dense_refusal(a.shape[0], *operands) is not None:
+        return torch_product(a, b, out, by_rows=by_rows, bias=bias)
+    term = Term(rows_of(a), rows_of(b), by_rows)
+    return gemm([term], out.shape[1], bias=None if bias is None else rows_of(bias), out=out)
