@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import numpy as np
 
 from fuselora.engine.data_formats import Conversation
 from fuselora.engine.errors import UserError, first_line
@@ -108,12 +109,12 @@ def _check_tools(messages: Conversation, renderer: Renderer) -> None:
 
 def _covered(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
     """Whether each token holds a character of a span. A token without characters belongs to where it stands."""
-    trained, spans = [], sorted(spans)
-    for start, end in offsets:
-        while spans and spans[0][1] <= start:
-            spans.pop(0)
-        trained.append(bool(spans) and (max(end, start + 1) > spans[0][0]))
-    return trained
+    starts, ends = np.asarray(offsets, int).reshape(-1, 2).T
+    ends = np.maximum(ends, starts + 1)
+    covered = np.zeros(len(starts), bool)
+    for start, end in spans:
+        covered |= (starts < end) & (ends > start)
+    return covered.tolist()
 
 
 def _text_span(messages: Conversation, renderer: Renderer, text: str, i: int) -> tuple[int, int]:

@@ -135,7 +135,7 @@ def sequences(example: AnyExample) -> tuple[Example, ...]:
 
 def is_trained(example: AnyExample) -> bool:
     """Whether every sequence has a trained token within ``cutoff_len``."""
-    return all(sequence.trained for sequence in sequences(example))
+    return all(any(label != IGNORE for label in each.labels[1:]) for each in sequences(example))
 
 
 def encode_all(

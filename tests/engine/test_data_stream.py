@@ -28,6 +28,10 @@ def endless(stream):
     return (example for _ in itertools.count() for example in stream)
 
 
+def decoded(stream):
+    return lambda example: stream.tokenizer.decode(example.input_ids)
+
+
 MIXTURES = [
     {},
     {"dataset": "rows,other"},
@@ -56,6 +60,15 @@ def test_every_row_once_per_epoch_in_another_order(make_stream, make_config, tok
     assert Counter(map(str, epochs[0])) == Counter(map(str, epochs[1])) == Counter(map(str, rows))
     assert epochs[0] != epochs[1] and epochs[0] != rows
     assert sorted(map(str, epochs[0][:10])) == sorted(map(str, rows[:10]))  # shuffled within the block
+    orders = [[rows.index(example) % 10 for example in epochs[0][start : start + 10]] for start in (0, 10)]
+    assert orders[0] != orders[1]
+
+
+def test_every_epoch_draws_anew(make_stream):
+    keys = {"dataset": "rows,other", "mix_strategy": "interleave_once", "interleave_probs": "0.5,0.5"}
+    stream = make_stream(**keys, buffer_size=1).train
+    orders = [["Other" in tokens for tokens in map(str, map(decoded(stream), stream))] for _ in range(2)]
+    assert orders[0] != orders[1] and sum(orders[0]) == sum(orders[1]) == 7
 
 
 def test_pieces_of_a_document(make_stream, dataset_dir, make_config, tokenizer):

@@ -8,7 +8,7 @@ import pytest
 
 from fuselora.engine import chat, data, data_tokens
 from fuselora.engine.config import Config
-from fuselora.engine.data_mix import Draws, mixed, resampled
+from fuselora.engine.data_mix import BLOCK, Draws, mixed, resampled
 from fuselora.engine.errors import UserError
 
 
@@ -203,6 +203,12 @@ def test_probabilities_are_met():
     draws = Draws(3, "interleave_over", (0.6, 0.3, 0.1), seed=0)
     shares = np.bincount([draws.next_set() for _ in range(10_000)]) / 10_000
     assert np.abs(shares - [0.6, 0.3, 0.1]).max() < 0.02  # four standard deviations
+
+
+def test_draws_do_not_repeat():
+    draws = Draws(2, "interleave_over", (0.5, 0.5), seed=0)
+    drawn = [draws.next_set() for _ in range(2 * BLOCK)]
+    assert drawn[:BLOCK] != drawn[BLOCK:]
 
 
 def test_resampling_takes_every_row_equally_often():
