@@ -113,6 +113,8 @@ class Stepper:
             return None
         if self.device.type != "cuda":
             raise expected("fp16", "a GPU", f"the model on {self.device.type}", "set bf16: true, or neither for fp32")
+        if self.config.finetuning_type != "lora":  # whose adapters are fp32; other trained weights need autocast
+            raise expected("fp16", "finetuning_type lora", self.config.finetuning_type, "set bf16: true")
         return torch.amp.GradScaler("cuda")
 
     def _build_graphs(self) -> StepGraphs:
