@@ -157,14 +157,6 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         raise expected("tokenizer", "one with a chat template", "none", remedy)
 
 
-def describe(examples: Sequence[Example], rows: int) -> str:
-    """What became of ``rows`` conversations."""
-    trained, tokens = sum(e.trained for e in examples), sum(len(e.input_ids) for e in examples)
-    dropped = rows - len(examples)
-    text = f"{len(examples)} conversations, {tokens} tokens, {trained} of them trained"
-    return text + (f"; {dropped} left out, their answers lie beyond cutoff_len" if dropped else "")
-
-
 def prompt_ids(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The conversation up to its last answer, ready for generation."""
     return Renderer(tokenizer).ids(conversation[:-1], prompt=True)

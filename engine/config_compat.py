@@ -58,7 +58,8 @@ HARMLESS: dict[str, str] = {
     ),
     "processes are started by torchrun or accelerate": (
         "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph "
-        "local_rank ray_num_workers ray_init_kwargs master_addr master_port average_tokens_across_devices"
+        "local_rank ray_num_workers ray_init_kwargs master_addr master_port average_tokens_across_devices "
+        "fsdp_transformer_layer_cls_to_wrap"
     ),
     "arithmetic and memory are chosen by the kernels": (
         "tf32 full_determinism torch_empty_cache_steps gradient_checkpointing_kwargs activation_checkpointing_kwargs "

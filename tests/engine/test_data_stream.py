@@ -5,9 +5,13 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 
 from fuselora.engine import data
 from fuselora.engine.errors import UserError
+from fuselora.engine.model import build_model
+from fuselora.engine.output import open_output_dir
+from fuselora.engine.trainer import Trainer
 
 
 @pytest.fixture
@@ -104,3 +108,19 @@ def test_bad_rows(make_stream, dataset_dir):
     (dataset_dir / "rows.json").write_text("\n".join([good, *["{broken"] * 11]))
     with pytest.raises(UserError, match=r"at most 1\.0% bad rows, got 11 of 1[12]"):
         list(make_stream(on_bad_row="skip").train)
+
+
+def test_training_on_a_stream_resumes_exactly(make_config, tiny_base, tokenizer, tmp_path, weights):
+    def trained(folder, **keys):
+        config = make_config(streaming=True, buffer_size=10, output_dir=str(tmp_path / folder), save_steps=4, **keys)
+        train = data.load_data(config, tokenizer).train
+        trainer = Trainer(build_model(str(tiny_base), config), train, [], config, pad_id=tokenizer.pad_token_id)
+        trainer.resume()
+        open_output_dir(config, resumed=trainer.resumed)
+        trainer.fit()
+        return weights(trainer)
+
+    whole = trained("whole", max_steps=8, lr_scheduler_type="constant")  # 32 examples: into the second epoch
+    trained("parts", max_steps=4, lr_scheduler_type="constant")
+    parts = trained("parts", max_steps=8, lr_scheduler_type="constant", resume_from_checkpoint=True)
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
