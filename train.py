@@ -21,6 +21,7 @@ from fuselora.engine.errors import UserError, run_command
 from fuselora.engine.memory_run import apply_checkpointing
 from fuselora.engine.methods import trainable_summary
 from fuselora.engine.model import build_model, check_vocabulary, load_tokenizer, quiet_libraries, resolve_base
+from fuselora.engine.monitors import Reporting, monitors_of
 from fuselora.engine.patch import patch_model, patch_report
 from fuselora.engine.trainer import Trainer
 
@@ -30,6 +31,7 @@ def train(config: Config) -> int:
     after a checkpoint.
     """
     output.check_output_dir(config)
+    reporting = Reporting(monitors_of(config), config)
     world = distributed.start(config)
     if config.trust_remote_code:
         print(f"trust_remote_code: true: Python code that comes with {config.model_name_or_path} is run")
@@ -54,7 +56,9 @@ def train(config: Config) -> int:
         if said := apply_checkpointing(model, config):
             print(said)
 
-    trainer = Trainer(model, data.train, data.held_out, config, pad_id=tokenizer.pad_token_id, world=world)
+    trainer = Trainer(
+        model, data.train, data.held_out, config, pad_id=tokenizer.pad_token_id, world=world, callbacks=[reporting]
+    )
     if config.packed and trainer.data.units is not None:
         print(trainer.data.units.report)
     if not config.do_train:
@@ -63,7 +67,9 @@ def train(config: Config) -> int:
     trainer.resume()
     if world.main:
         output.open_output_dir(config, resumed=trainer.resumed)
-    if stopped_by := trainer.fit():
+    with reporting.running(trainer):
+        stopped_by = trainer.fit()
+    if stopped_by:
         print(f"stopped; go on with the same command and resume_from_checkpoint={trainer.last_checkpoint}")
         return 128 + stopped_by
 

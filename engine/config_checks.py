@@ -40,7 +40,6 @@ def _check_required(config: Config) -> None:
 
 def _check_supported(config: Config) -> None:
     supported: dict[str, tuple[Any, str]] = {
-        "report_to": ("none", "read trainer_log.jsonl instead"),
     }
     for key, (want, remedy) in supported.items():
         if getattr(config, key) != want:

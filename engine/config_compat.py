@@ -48,7 +48,7 @@ HARMLESS: dict[str, str] = {
         "vllm_config sglang_maxlen sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend"
     ),
     "logging has one form here": (
-        "logging_dir logging_strategy logging_first_step logging_nan_inf_filter log_level log_level_replica "
+        "logging_strategy logging_first_step logging_nan_inf_filter log_level log_level_replica "
         "log_on_each_node disable_tqdm include_num_input_tokens_seen include_tokens_per_second "
         "include_effective_tokens_per_second print_param_status skip_memory_metrics"
     ),
@@ -161,7 +161,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "push_to_hub": (_OFF, "upload output_dir afterwards: hf upload NAME output_dir"),
     "debug": ((None, "", False, []), "remove it"),
     "parallelism_config": (_OFF, "several processes do not exist here yet; remove it"),
-    "run_name": (_OFF, "name the run by its output_dir"),
     "project": ((None, "huggingface"), "name the run by its output_dir"),
 }
 

@@ -208,7 +208,13 @@ class OutputKeys:
     save_steps: int = _key("output", 500, "Steps between checkpoints.")
     save_total_limit: int | None = _key("output", None, "Keep only this many checkpoints, newest first.")
     plot_loss: bool = _key("output", False, "Draw the loss curve as loss.png.")
-    report_to: str = _key("output", "none", "Only none for now; trainer_log.jsonl is always written.")
+    report_to: tuple[str, ...] = _key(
+        "output",
+        ("none",),
+        "Monitors beside trainer_log.jsonl: tensorboard, wandb, mlflow, trackio; `all`: those installed; or none.",
+    )
+    run_name: str | None = _key("output", None, "The run's name in monitors; unset: that of output_dir.")
+    logging_dir: str | None = _key("output", None, "Folder of what monitors write; unset: runs in output_dir.")
     check_adapter: str = _key(
         "output",
         "auto",

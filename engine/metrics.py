@@ -1,8 +1,11 @@
-"""What a run shows and records: a live line on a terminal, plain lines elsewhere, trainer_log.jsonl, the loss curve."""
+"""What a run shows and records: a live line with a bar on a terminal, plain lines elsewhere, trainer_log.jsonl, the
+loss curve.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from datetime import timedelta
@@ -14,6 +17,7 @@ import torch
 
 LOG_FILE = "trainer_log.jsonl"
 CURVE_FILE = "loss.png"
+BAR = 16  # characters
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -30,6 +34,7 @@ class RunLog:
         self.path = output_dir / LOG_FILE
         self.total_steps = total_steps
         self.records: list[dict[str, Any]] = []
+        self.full_speed: float | None = None  # tokens/s at the measured matmul rate
         self._live = sys.stdout.isatty()
         self._line_open = False
         self._began, self._first_step = time.monotonic(), resume_step or 0
@@ -43,6 +48,8 @@ class RunLog:
         done = step - self._first_step
         remaining = elapsed / done * (self.total_steps - step) if done > 0 else None
         entry = {"current_steps": step, "total_steps": self.total_steps} | values
+        if self.full_speed and "tokens_per_second" in values:
+            entry["matmul_share"] = round(values["tokens_per_second"] / self.full_speed, 4)
         entry |= {"elapsed_time": _clock(elapsed), "remaining_time": _clock(remaining)}
         self.records.append(entry)
         with self.path.open("a", encoding="utf-8") as file:
@@ -51,13 +58,17 @@ class RunLog:
 
     def progress(self, entry: dict[str, Any]) -> None:
         """One line of training: overwritten in place on a terminal."""
+        step, total = entry["current_steps"], entry["total_steps"]
+        share = f" ({entry['matmul_share']:.0%} of matmul rate)" if "matmul_share" in entry else ""
         line = (
-            f"step {entry['current_steps']}/{entry['total_steps']}  loss {entry['loss']:.4f}  "
-            f"lr {entry['lr']:.2e}  {entry['tokens_per_second']:.0f} tokens/s  {entry['memory_mib']:.0f} MiB  "
+            f"step {step}/{total}  loss {entry['loss']:.4f}  lr {entry['lr']:.2e}  "
+            f"{entry['tokens_per_second']:.0f} tokens/s{share}  {entry['memory_mib']:.0f} MiB  "
             f"ETA {entry['remaining_time']}"
         )
         if self._live:
-            print(f"\r\x1b[2K{line}", end="", flush=True)
+            done = BAR * step // max(total, 1)
+            shown = f"{'█' * done}{'░' * (BAR - done)} {line}"[: shutil.get_terminal_size().columns - 1]
+            print(f"\r\x1b[2K{shown}", end="", flush=True)  # longer than the terminal, it would not be one line
             self._line_open = True
         else:
             print(line, flush=True)

@@ -87,7 +87,6 @@ def test_required(key):
         {"lr_scheduler_kwargs": "0.1"},
         {"early_stopping_steps": 2},
         {"load_best_model_at_end": True, "val_size": 0.1},
-        {"report_to": "wandb"},
         {"lr_scheduler_type": "constant", "warmup_ratio": 0.1},
         {"train_on_prompt": True, "mask_history": True},
         {"eval_dataset": "x", "val_size": 0.1},
