@@ -25,6 +25,7 @@ from fuselora.engine.checkpoint_weights import load_weights
 from fuselora.engine.config import Config
 from fuselora.engine.distributed import World
 from fuselora.engine.errors import UserError, expected
+from fuselora.engine.heap import keep_freed_memory
 from fuselora.engine.loop_best import Best
 from fuselora.engine.loop_callbacks import Callback, SilentLog
 from fuselora.engine.loop_data import StepData, StepPlan, row_numbers, share
@@ -107,6 +108,7 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to the end or to a signal. Returns 0, or the number of the signal that stopped the run."""
+        keep_freed_memory(self.device)
         resume_step = self.step if self.resumed else None
         if self.world.main:
             self.log = metrics.RunLog(self.output_dir, total_steps=self.total_steps, resume_step=resume_step)
