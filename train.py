@@ -38,10 +38,10 @@ def train(config: Config) -> int:
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
     check_sources(config)
-    with distributed.main_first(world):
+    with distributed.main_first(world):  # what it downloads, builds or tokenises the others find
         base = resolve_base(config)
-    tokenizer = load_tokenizer(base, config)
-    data = load_data(config, tokenizer)
+        tokenizer = load_tokenizer(base, config)
+        data = load_data(config, tokenizer)
     print(data.report, first_example(data.train, tokenizer), sep="\n")
 
     model = build_model(base, config)

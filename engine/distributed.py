@@ -95,9 +95,12 @@ def start(config: Config) -> World:
 
 @contextmanager
 def main_first(world: World) -> Iterator[None]:
-    """The main process runs the block before the others do: what it downloads or builds they find."""
+    """The main process runs the block before the others do."""
     if not world.main:
-        world.agree(0)
+        try:
+            world.agree(0)
+        except RuntimeError as error:
+            raise expected("processes", "the main one to get ready", "its end", "see its error") from error
     yield
     if world.main:
         world.agree(0)
