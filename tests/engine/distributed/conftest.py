@@ -64,9 +64,11 @@ def launch(tmp_path):
 
 @pytest.fixture
 def run(make_config, tiny_base, tokenizer, launch, tmp_path):
-    """run(size, **keys) trains in ``size`` processes; returns (log records, trained weights) of the main one."""
+    """run(size, **keys) trains in ``size`` processes, ``stop`` steps or all; returns (log records, trained weights) of
+    the main one.
+    """
 
-    def run(size, name="run", patch=False, **keys):
+    def run(size, name="run", patch=False, stop=None, **keys):
         config = make_config(output_dir=str(tmp_path / name), logging_steps=1, **keys)
         train, held_out = (encode_all(rows, tokenizer, config) for rows in load_splits(config))
 
@@ -76,6 +78,7 @@ def run(make_config, tiny_base, tokenizer, launch, tmp_path):
             if patch:
                 patch_model(model)
             trainer = Trainer(model, train, held_out, config, pad_id=tokenizer.pad_token_id, world=world)
+            trainer.total_steps = stop or trainer.total_steps  # the schedule stays that of all steps
             trainer.resume()
             if world.main:
                 open_output_dir(config, resumed=trainer.resumed)

@@ -37,6 +37,17 @@ def test_4bit_base(run, keys):
 
 
 @pytest.mark.parametrize("keys", [{}, {"fsdp": "full_shard"}], ids=str)
+def test_resume_of_two_processes_is_bit_exact(run, keys):
+    """Each with its own dropout, whose generators the checkpoint holds."""
+    keys = KEYS | keys | {"lora_dropout": 0.1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    whole = run(2, "whole", patch=True, **keys)
+    run(2, "cut", patch=True, stop=3, **keys)
+    on = run(2, "cut", patch=True, **keys)
+    assert losses(on[0]) == losses(whole[0])
+    torch.testing.assert_close(on[1], whole[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("keys", [{}, {"fsdp": "full_shard"}], ids=str)
 def test_resume_into_another_world_size(run, keys, tmp_path, tiny_base):
     """A checkpoint of two processes is a stock adapter, and one process goes on with it."""
     keys = KEYS | keys
