@@ -1,7 +1,8 @@
-"""Attention functions on borders between documents: torch's varlen attention and xformers' block-diagonal one.
+"""Attention functions on borders between documents: torch's varlen attention, xformers' block-diagonal one, and our
+native one for CPUs, which takes the borders as a range of keys per query.
 
-Both take the real tokens of a batch end to end, [tokens, heads, D], and say where each document begins and ends, so
-padding costs nothing and documents are apart without a mask. Where the borders come from, best first:
+The first two take the real tokens of a batch end to end, [tokens, heads, D], and where each document begins and ends,
+so padding costs nothing and documents are apart without a mask. Where the borders come from, best first:
 
     cu_seq_lens_q and _k           the collator's: nothing is computed, no device is asked
     position_ids, 2-D mask         a document begins where a position is not its predecessor's plus one, or where the
@@ -25,6 +26,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fuselora.engine.errors import expected
+from fuselora.kernels.attention import attention
 
 
 @dataclass(frozen=True)
@@ -180,3 +182,48 @@ def xformers_kernel(
     k, v = (x[:, :, None].expand(-1, -1, groups, -1) for x in (k, v))
     out = fmha.memory_efficient_attention(grouped[None], k[None], v[None], attn_bias=bias, p=dropout, scale=scale)
     return out[0].flatten(1, 2)
+
+
+def native_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """``fuselora.kernels.attention`` as an attention function; the mask is what ``flash_attention_mask`` makes."""
+    if dropout:
+        raise expected(
+            "flash_attn", "an attention with dropout", "native", "choose sdpa, or set attention_dropout to 0"
+        )
+    batch, length, keys = query.shape[0], query.shape[2], key.shape[2]
+    causal = module.is_causal if is_causal is None else is_causal
+    ranges = None
+    if length == keys or attention_mask is not None:
+        ranges = key_ranges(batch, length, keys, borders_of(batch, length, keys, attention_mask, kwargs))
+    context = attention(
+        query, key, value, scale=scaling, causal=causal, window=sliding_window, softcap=softcap, ranges=ranges
+    )
+    return context, None
+
+
+def key_ranges(batch: int, length: int, keys: int, borders: Borders) -> Tensor:
+    """int32 [B, S, 2]: for every query its document's keys in its row, nothing for padding."""
+    places = [
+        torch.arange(batch * n, device=borders.keys.device) if real is None else real
+        for n, real in ((length, borders.real_queries), (keys, borders.real_keys))
+    ]
+    lengths = borders.queries.diff()
+    first, last = borders.keys[:-1], borders.keys[1:] - 1
+    spans = torch.stack([places[1][first.long()], places[1][last.long()] + 1], dim=-1)
+    ranges = torch.zeros(batch * length, 2, dtype=torch.int32, device=borders.keys.device)
+    ranges[places[0]] = spans.repeat_interleave(lengths, dim=0).int()
+    rows = torch.arange(batch, device=ranges.device, dtype=torch.int32)[:, None, None] * keys
+    return (ranges.view(batch, length, 2) - rows).clamp(min=0)

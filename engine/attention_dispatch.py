@@ -12,6 +12,7 @@ when the key asks for them, never in the place of an entry that is there:
     flex       flex_attention         CUDA              yes        no        blocks of a mask
     varlen     fuselora_varlen        CUDA, 16 bit      no         no        borders
     xformers   fuselora_xformers      CUDA              no         yes       borders
+    native     fuselora_native        CPU               yes        no        ranges of keys
 
 Sliding windows hold in all of them. A choice that can't compute the model is refused with the reason, never replaced.
 """
@@ -20,12 +21,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fuselora.engine.attention_borders import Kernel, bordered_attention, varlen_kernel, xformers_kernel
+from fuselora.engine.attention_borders import bordered_attention, native_attention, varlen_kernel, xformers_kernel
 from fuselora.engine.errors import expected
 
 if TYPE_CHECKING:
@@ -39,46 +41,52 @@ class Kind:
     name: str
     module: str | None = None  # that must be importable
     install: str = ""
-    cuda: bool = False
+    device: str | None = None  # None: any
     half: bool = False  # only bf16 and fp16
     capability: int | None = None  # CUDA compute capability's major number
     softcap: bool = False
     dropout: bool = True
     widest: int | None = None  # channels of a head
-    kernel: Kernel | None = None  # ours, to be registered
+    function: Callable[..., Any] | None = None  # ours, to be registered
 
 
 KINDS = {
     "disabled": Kind("eager", softcap=True),
     "sdpa": Kind("sdpa"),
     "fa2": Kind(
-        "flash_attention_2", "flash_attn", "pip install 'fuselora[flash]'", True, True, softcap=True, widest=256
+        "flash_attention_2", "flash_attn", "pip install 'fuselora[flash]'", "cuda", True, softcap=True, widest=256
     ),
     "fa3": Kind(
         "flash_attention_3",
         "flash_attn_interface",
         "build FlashAttention's hopper folder",
-        True,
+        "cuda",
         True,
         capability=9,
         softcap=True,
         dropout=False,
         widest=256,
     ),
-    "flex": Kind("flex_attention", cuda=True, softcap=True, dropout=False),
+    "flex": Kind("flex_attention", device="cuda", softcap=True, dropout=False),
     "varlen": Kind(
         "fuselora_varlen",
         "torch.nn.attention.varlen",
         "install a torch that has it",
-        True,
+        "cuda",
         True,
         dropout=False,
         widest=256,
-        kernel=varlen_kernel,
+        function=functools.partial(bordered_attention, kernel=varlen_kernel),
     ),
     "xformers": Kind(
-        "fuselora_xformers", "xformers", "pip install 'fuselora[xformers]'", True, widest=256, kernel=xformers_kernel
+        "fuselora_xformers",
+        "xformers",
+        "pip install 'fuselora[xformers]'",
+        "cuda",
+        widest=256,
+        function=functools.partial(bordered_attention, kernel=xformers_kernel),
     ),
+    "native": Kind("fuselora_native", device="cpu", softcap=True, dropout=False, function=native_attention),
 }
 CHOICES = ("auto", *KINDS)
 
@@ -96,7 +104,7 @@ def implementation(key: str, config: PreTrainedConfig, device: torch.device, dty
     if problem:
         want, got, remedy = problem
         raise expected("flash_attn", want, f"{key}, but {got}", remedy)
-    if kind.kernel is not None:
+    if kind.function is not None:
         register(kind)
     return kind.name
 
@@ -107,7 +115,7 @@ def softcap_of(config: PreTrainedConfig) -> float | None:
 
 def unavailable(kind: Kind, device: torch.device, dtype: torch.dtype) -> tuple[str, str, str] | None:
     """(expected, got, remedy) if the kind can't run on ``device`` in ``dtype``."""
-    if kind.cuda and device.type != "cuda":
+    if kind.device not in (None, device.type):
         return "an attention that trains on this device", f"it is {device.type}", "choose auto, sdpa or disabled"
     if kind.module is not None and not _importable(kind.module):
         return f"{kind.module} to be importable", "it is not", kind.install
@@ -130,7 +138,7 @@ def mismatch(kind: Kind, config: PreTrainedConfig) -> tuple[str, str, str] | Non
     if softcap_of(config) is not None and not kind.softcap:
         able = ", ".join(key for key, other in KINDS.items() if other.softcap)
         return "soft-capping, which this model has", "it has none", f"choose auto or one of {able}"
-    if getattr(config, "attention_chunk_size", None) and kind.kernel is not None:
+    if getattr(config, "attention_chunk_size", None) and kind.function is not None:
         return "attention in chunks, which this model has", "it has none", "choose auto, sdpa or disabled"
     if getattr(config, "attention_dropout", 0.0) and not kind.dropout:
         return "dropout, which this model's config asks for", "it has none", "choose auto, sdpa or disabled"
@@ -146,6 +154,6 @@ def register(kind: Kind) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
 
-    assert kind.kernel is not None
-    AttentionInterface.register(kind.name, functools.partial(bordered_attention, kernel=kind.kernel))
+    assert kind.function is not None
+    AttentionInterface.register(kind.name, kind.function)
     AttentionMaskInterface.register(kind.name, flash_attention_mask)

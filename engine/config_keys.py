@@ -60,7 +60,7 @@ class ModelKeys:
         "auto",
         "Attention: `auto` leaves the choice to transformers, `disabled` is its eager one; what the model or this "
         "machine can't do is refused.",
-        ("auto", "disabled", "sdpa", "fa2", "fa3", "flex", "varlen", "xformers"),
+        ("auto", "disabled", "sdpa", "fa2", "fa3", "flex", "varlen", "xformers", "native"),
     )
     rope_scaling: str | None = _key(
         "model",

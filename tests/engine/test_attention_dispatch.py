@@ -1,5 +1,7 @@
 """Which attention a model gets, and that each that runs here computes attention: against fp64 from the definition."""
 
+import functools
+
 import pytest
 import torch
 from tests.support.models import SIZES, batch, lora_model, packed_batch
@@ -107,6 +109,27 @@ def test_equals_the_definition(key, case, window):
         assert_attention(KINDS[key].name, case, window, softcap)
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("softcap", [None, SOFTCAP])
+def test_native_equals_the_definition(case, window, softcap):
+    attention_dispatch.register(KINDS["native"])
+    assert_attention("fuselora_native", case, window, softcap)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_native_in_a_model(family):
+    model = lora_model(family, **SMALL)
+    inputs = packed_batch((5, 9, 4)) | {"use_cache": False}
+    prompt = batch(2, 9, pad="left")
+    prompt.pop("labels")
+    prompt |= {"max_new_tokens": 7, "do_sample": False, "eos_token_id": 9999}
+    stock = model(**inputs).logits, model.generate(**prompt)
+    model.set_attn_implementation(implementation("native", model.config, CPU, torch.float32))
+    torch.testing.assert_close(model(**inputs).logits, stock[0], rtol=0, atol=2e-5)
+    assert torch.equal(model.generate(**prompt), stock[1])
+
+
 def test_flex_equals_the_definition(monkeypatch):
     """Without compilation, which takes a minute here; torch's FlexAttention has no backward on a CPU."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -140,7 +163,8 @@ def reference_kernel(q, k, v, borders, scale, window, causal, dropout):
 @pytest.fixture
 def bordered(monkeypatch):
     """The name of an attention on borders whose kernel runs here."""
-    kind = attention_dispatch.Kind("fuselora_test_borders", kernel=reference_kernel)
+    function = functools.partial(attention_borders.bordered_attention, kernel=reference_kernel)
+    kind = attention_dispatch.Kind("fuselora_test_borders", function=function)
     attention_dispatch.register(kind)
     yield kind.name
     for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
