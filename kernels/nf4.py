@@ -28,10 +28,10 @@ from torch import Tensor
 
 from . import checks, native, nf4_cuda
 from .gpu.launch import interpreting, lazy, refusal
+from .nf4_scales import NESTED_BLOCKSIZE, blocks_of, dynamic_code
 from .registry import Cost, Sample, define, implement
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCKSIZE = 256
 
 # QLoRA, appendix E: the quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
 NF4 = (
@@ -84,26 +84,10 @@ def code_table(quant_type: str, device: torch.device) -> Tensor:
     return torch.cat((positive, -positive))
 
 
-@functools.cache
-def dynamic_code(device: torch.device) -> Tensor:
-    """The 256 sorted values of the signed dynamic data type: a sign, zero bits that count the exponent of 10, an
-    indicator bit, and in the bits that are left fractions spread evenly between 0.1 and 1."""
-    values = [0.0, 1.0]
-    for i in range(7):
-        bounds = torch.linspace(0.1, 1, 2**i + 1)
-        means = (10.0 ** (i - 6) * ((bounds[:-1] + bounds[1:]) / 2.0)).tolist()
-        values += means + [-mean for mean in means]
-    return torch.tensor(sorted(values), device=device)
-
-
 def code_bounds(code: Tensor) -> tuple[Tensor, Tensor]:
     """The middles between neighbouring codes, fp32 [15], and the codes' nibbles in ascending order, uint8 [16]."""
     ordered, order = code.sort(stable=True)
     return (ordered[:-1] + ordered[1:]) / 2, order.to(torch.uint8)
-
-
-def blocks_of(numel: int, blocksize: int) -> int:
-    return -(-numel // blocksize)
 
 
 def scales(
@@ -158,27 +142,6 @@ def _fake_quantize(w: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Ten
     return w.new_empty(-(-n // 2), dtype=torch.uint8), w.new_empty(blocks_of(n, blocksize), dtype=torch.float32)
 
 
-@torch.no_grad()
-def _reference_absmax(absmax: Tensor, code2: Tensor, blocksize2: int) -> tuple[Tensor, Tensor, Tensor]:
-    offset = absmax.mean()
-    n = absmax.numel()
-    blocks = blocks_of(n, blocksize2)
-    padded = torch.zeros(blocks * blocksize2, device=absmax.device)
-    padded[:n] = absmax - offset
-    absmax2 = padded.view(blocks, blocksize2).abs().amax(1)
-    scaled = (padded.view(blocks, blocksize2) * (1.0 / absmax2).unsqueeze(1)).view(-1)[:n].clamp(-1, 1)
-    grid = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).nan_to_num(nan=0.0).int().clamp(0, 65535)  # 0 * inf: a block of zeros
-    values = -1.0 + (2.0 * torch.arange(65536, dtype=torch.float32, device=absmax.device)) / 65535.0
-    nearest = torch.bucketize(values, 0.5 * (code2[:-1] + code2[1:]))
-    codes = nearest[grid].to(torch.uint8)
-    return codes, absmax2, offset
-
-
-def _fake_absmax(absmax: Tensor, code2: Tensor, blocksize2: int) -> tuple[Tensor, Tensor, Tensor]:
-    n = absmax.numel()
-    return absmax.new_empty(n, dtype=torch.uint8), absmax.new_empty(blocks_of(n, blocksize2)), absmax.new_empty(())
-
-
 SHAPES = ((1, 64), (3, 5), (7, 33), (16, 128), (5, 200))
 
 
@@ -212,12 +175,6 @@ def _quantize_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Samp
         for quant_type, blocksize in (("nf4", 64), ("fp4", 128)):
             w = torch.randn(shape, dtype=dtype, device=device)
             yield Sample(f"{shape}-{quant_type}-{blocksize}", (w, code_table(quant_type, device), blocksize))
-
-
-def _absmax_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
-    for blocks in (1, 255, 700):
-        absmax = torch.rand(blocks, dtype=torch.float32, device=device) + 1
-        yield Sample(f"{blocks}", (absmax, dynamic_code(device), NESTED_BLOCKSIZE))
 
 
 def _workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
@@ -318,13 +275,6 @@ def _triton_supports(data: Tensor, absmax: Tensor, code: Tensor, *rest: object) 
 implement(DEQUANTIZE_4BIT, "cuda", nf4_cuda.dequantize_4bit, nf4_cuda.dequantize_refusal)
 implement(DEQUANTIZE_4BIT, "triton", lazy("nf4", "dequantize_4bit"), _triton_supports)
 implement(QUANTIZE_4BIT, "triton", lazy("nf4", "quantize_4bit"), lambda w, code, _: refusal(w, code))
-QUANTIZE_ABSMAX = define(
-    "quantize_absmax(Tensor absmax, Tensor code2, int blocksize2) -> (Tensor codes, Tensor absmax2, Tensor offset)",
-    reference=_reference_absmax,
-    fake=_fake_absmax,
-    samples=_absmax_samples,
-    cost=lambda absmax, code2, blocksize2: Cost(absmax.numel() * 9, absmax.numel() * 12),
-)
 
 
 def quantize_4bit(w: Tensor, quant_type: str = "nf4", blocksize: int = 64, double: bool = False) -> Quantized4bit:

@@ -2,6 +2,7 @@
 
     dequantise  W_i = round(code[q_i] * scale_b),    scale_b = absmax_b  or  code2[absmax_b] * absmax2[b // b2] + offset
     quantise    absmax_b = max |W_i|,    q_i = nibble of the code nearest to W_i / absmax_b
+    scales      the same once more, with the mean taken off and 256 codes
 
 Shapes: the flattened weight in pieces of BLOCK elements, a multiple of every block size. Dequantise reads 32-bit words
 of 8 codes, 16 bytes per access, and looks nibbles up in a table in shared memory (``tl.gather``): 6 instructions per
@@ -20,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..nf4 import blocks_of, code_bounds
+from ..nf4 import code_bounds
+from ..nf4_scales import blocks_of, middles
 from .aot import Budget
 from .launch import launch
 
@@ -200,12 +202,63 @@ def quantize_4bit(w: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tens
     return data, absmax
 
 
+@triton.jit
+def _quantize_absmax(
+    codes_ptr, absmax2_ptr, absmax_ptr, offset_ptr, bounds_ptr, n, BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """ROWS blocks of scales less the offset: their largest magnitudes, and the codes nearest to the normalised scales
+    as bitsandbytes' CPU path rounds them, to one of 65536 steps of [-1, 1]."""
+    first = tl.program_id(0).to(tl.int64) * (ROWS * BLOCKSIZE2)
+    rows = tl.arange(0, ROWS)
+    local = rows[:, None] * BLOCKSIZE2 + tl.arange(0, BLOCKSIZE2)[None, :]
+    inside = local < n - first
+    scales = tl.load(absmax_ptr + first + local, mask=inside, other=0.0)
+    scales = tl.where(inside, scales - tl.load(offset_ptr), 0.0)
+    largest = tl.max(tl.abs(scales), 1)
+    scaled = scales * tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), largest)[:, None]
+    clamped = tl.where(scaled < -1.0, -1.0, tl.where(scaled > 1.0, 1.0, scaled))
+    step = (clamped + 1.0) * 0.5 * 65535.0 + 0.5
+    step = tl.where(step >= 0.0, step, 0.0).to(tl.int32).to(tl.float32)  # 0 / 0 of a block of zeros is step 0
+    value = tl.div_rn(2.0 * step, tl.full((ROWS, BLOCKSIZE2), 65535.0, tl.float32)) - 1.0
+    flat = tl.reshape(value, (ROWS * BLOCKSIZE2,))
+    at = tl.arange(0, 256)
+    bounds = tl.load(bounds_ptr + at, mask=at < 255, other=float("inf"))
+    below = tl.where(flat > tl.load(bounds_ptr + 127), 128, 0)  # bisection in a table in shared memory
+    for i in tl.static_range(7):
+        below += tl.where(flat > tl.gather(bounds, below + ((64 >> i) - 1), 0), 64 >> i, 0)
+    below = tl.reshape(below, (ROWS, BLOCKSIZE2))
+    tl.store(codes_ptr + first + local, below.to(tl.uint8), mask=inside)
+    tl.store(absmax2_ptr + first // BLOCKSIZE2 + rows, largest, mask=rows * BLOCKSIZE2 < n - first)
+
+
+def quantize_absmax(absmax: Tensor, code2: Tensor, blocksize2: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's launcher; the mean is torch's, as in bitsandbytes."""
+    absmax = absmax.contiguous()
+    n, rows = absmax.numel(), 2048 // blocksize2
+    codes = torch.empty(n, dtype=torch.uint8, device=absmax.device)
+    absmax2 = torch.empty(blocks_of(n, blocksize2), dtype=torch.float32, device=absmax.device)
+    offset, bounds = absmax.mean(), middles(code2)
+    launch(
+        _quantize_absmax,
+        (triton.cdiv(n, rows * blocksize2),),
+        *(codes, absmax2, absmax, offset, bounds, n),
+        options=dict(num_warps=WARPS, enable_fp_fusion=False),
+        BLOCKSIZE2=blocksize2,
+        ROWS=rows,
+    )
+    return codes, absmax2, offset
+
+
 # Dequantise, per weight: shift 1, mask 1, table lookup 1, product 1, half a conversion of two 0.5. Per thread of 64:
 # 2 loads, 8 stores, words and scales through shared memory 12, scales and addresses 60: 1.3. Quantise, per weight:
 # magnitude, maximum, product and clamping 5, first comparison 2, three more with an address, a lookup, a comparison, a
 # selection and a sum 15, the nibble's lookup 2, packing 2. Per thread of 32 weights: two levels of shared memory,
-# reductions, two divisions, loads, stores and addresses: 200, 7 per weight.
+# reductions, two divisions, loads, stores and addresses: 200, 7 per weight. Scales, per
+# scale: a division 10, rounding and clamping 12, eight times an address, a lookup, a comparison, a selection and a sum
+# 40, and per thread of 16 reductions, shared memory, a division, loads, stores and masks 320: 82 were counted, 80 to 86
+# came out where blocks are whole and 114 to 122 with masks; the limit was set after. 64 weights share a scale.
 BUDGETS = {
     "_dequantize": Budget(lambda args: args["BLOCK"], 7),
     "_quantize": Budget(lambda args: args["ROWS"] * args["BLOCKSIZE"], 38),
+    "_quantize_absmax": Budget(lambda args: args["ROWS"] * args["BLOCKSIZE2"], 125),
 }

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from fuselora.kernels import nf4
+from fuselora.kernels import nf4, nf4_scales
 from fuselora.kernels.nf4 import QUANT_TYPES, Quantized4bit, dequantize_4bit, quantize_4bit
 
 CPU = torch.device("cpu")
@@ -77,6 +77,19 @@ def test_scales_of_many_blocks_have_the_same_bytes(bnb, scale):
     theirs, state = bnb.quantize_blockwise(absmax - offset, blocksize=256)
     codes, absmax2, ours = torch.ops.fuselora.quantize_absmax(absmax, nf4.dynamic_code(CPU), 256)
     assert torch.equal(codes, theirs) and torch.equal(absmax2, state.absmax) and torch.equal(ours, offset)
+
+
+def test_scales_of_every_step_and_bound(bnb):
+    """bitsandbytes rounds normalised scales to 65536 steps before it looks for a code; each step, every middle between
+    two codes, equal scales and a last block of one."""
+    code2 = nf4.dynamic_code(CPU)
+    steps = -1.0 + 2.0 * torch.arange(65536) / 65535.0
+    values = torch.cat((steps, nf4_scales.middles(code2), code2, torch.full((512,), 0.25)))
+    absmax = torch.cat((values, torch.ones(1 - len(values) % 256 + 256)))
+    assert absmax.numel() % 256 == 1
+    theirs, state = bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
+    codes, absmax2, offset = torch.ops.fuselora.quantize_absmax(absmax, code2, 256)
+    assert torch.equal(codes, theirs) and torch.equal(absmax2, state.absmax) and torch.equal(offset, absmax.mean())
 
 
 def test_the_fast_path_of_bitsandbytes_agrees_where_blocks_do_not_cross_rows(bnb):

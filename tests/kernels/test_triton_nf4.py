@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.support.ttir import accesses
 
-from fuselora.kernels import nf4
+from fuselora.kernels import nf4, nf4_scales
 from fuselora.kernels.gpu import aot
 from fuselora.kernels.gpu.launch import interpreting, record
 from fuselora.kernels.registry import OPS
@@ -26,7 +26,7 @@ def weight(shape, quant_type, blocksize, blocksize2, scale=1.0):
     q = nf4.Quantized4bit(data, absmax, code, shape, blocksize)
     if blocksize2 is None:
         return q
-    codes, absmax2, offset = nf4._reference_absmax(absmax, nf4.dynamic_code(CPU), blocksize2)
+    codes, absmax2, offset = nf4_scales._reference(absmax, nf4.dynamic_code(CPU), blocksize2)
     return q._replace(absmax=codes, absmax2=absmax2, code2=nf4.dynamic_code(CPU), offset=offset, blocksize2=blocksize2)
 
 
@@ -71,6 +71,32 @@ def test_values_on_the_bounds_between_codes():
         w = torch.cat((bounds, *near, code, torch.tensor([1.0, -0.0, -1.0])))[None]  # 64 values, the largest is 1
         ours = OPS["quantize_4bit"].impls["triton"].fn(w, code, 64)
         assert torch.equal(ours[0], nf4._reference_quantize(w, code, 64)[0])
+
+
+@interpreted
+@pytest.mark.parametrize("blocks", [1, 255, 256, 3001])
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e-40, 0.0])
+def test_quantised_scales(blocks, scale):
+    for blocksize2 in (256, 64, 1024):
+        absmax = (torch.rand(blocks) + 0.5) * scale
+        absmax[: blocksize2 + 3] = absmax.mean() if blocks > blocksize2 + 3 else absmax[0]
+        arguments = absmax, nf4.dynamic_code(CPU), blocksize2
+        ours, exact = OPS["quantize_absmax"].impls["triton"].fn(*arguments), nf4_scales._reference(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(ours, exact, strict=True)), f"{blocksize2}"
+
+
+@interpreted
+def test_scales_on_the_bounds_between_codes():
+    """Every one of the 65536 steps, and every middle between two codes, with one block whose largest value is 1."""
+    code2 = nf4.dynamic_code(CPU)
+    steps = -1.0 + 2.0 * torch.arange(65536) / 65535.0
+    values = torch.cat((steps, nf4_scales.middles(code2), code2))
+    values = torch.cat((values, torch.ones(-len(values) % 255)))
+    rows = torch.cat((values.view(-1, 255), torch.ones(values.numel() // 255, 1)), 1)
+    absmax = rows.view(-1) - rows.mean()  # the mean is about zero then, so values stay near the bounds
+    arguments = absmax, code2, 256
+    ours, exact = OPS["quantize_absmax"].impls["triton"].fn(*arguments), nf4_scales._reference(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(ours, exact, strict=True))
 
 
 def recorded(shape, double, dtype=torch.bfloat16, blocksize=64):
