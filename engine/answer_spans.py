@@ -78,7 +78,8 @@ def answer_tokens(messages: Conversation, renderer: Renderer, *, last_only: bool
     template = renderer.template
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     chosen = answers[-1:] if last_only else answers
-    if "{% generation" in template or "{%- generation" in template:
+    marks = "{% generation" in template or "{%- generation" in template
+    if marks and renderer.tokenizer.is_fast:
         ids, spans = renderer.marked(messages)
         spans = spans[-1:] if last_only else spans
     elif renderer.tokenizer.is_fast:

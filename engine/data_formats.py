@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fuselora.engine.data_info import DatasetInfo
-from fuselora.engine.data_rows import BadRow, Row
+from fuselora.engine.data_rows import UNPARSABLE, BadRow, Row, problem
 from fuselora.engine.errors import UserError, expected
 
 Message = dict[str, Any]
@@ -150,7 +150,10 @@ class _Reader:
     def alpaca(self) -> Conversation:
         """History and question."""
         messages: Conversation = []
-        for turn in self.value("history") or ():
+        history = self.value("history") or ()
+        if not isinstance(history, (list, tuple)):
+            raise self.bad("history as [question, answer] pairs", _short(history), "correct the row")
+        for turn in history:
             if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(part, str) for part in turn):
                 raise self.bad("history as [question, answer] pairs", _short(turn), "correct the row")
             messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
@@ -174,10 +177,12 @@ class _Reader:
         meaning = roles.get(role) or {"tool": "observation"}.get(role) if isinstance(role, str) else None
         if meaning is None:
             raise self.bad(f"{tags['role_tag']!r} one of {', '.join(roles)}", repr(role), "correct the row or the tags")
-        if calls := turn.get("tool_calls"):
-            return {"role": "assistant", "content": content or "", "tool_calls": [self.call(call) for call in calls]}
         if isinstance(content, list):
             content = self.joined(content)
+        if calls := turn.get("tool_calls"):
+            if not isinstance(calls, list) or meaning != "assistant" or not isinstance(content, (str, type(None))):
+                raise self.bad("an assistant's message with a list of tool_calls", _short(turn), "correct the row")
+            return {"role": "assistant", "content": content or "", "tool_calls": [self.call(call) for call in calls]}
         if not isinstance(content, str):
             raise self.bad(f"text in {tags['content_tag']!r}", repr(content), "correct the row or the tags")
         if meaning == "function":
@@ -245,8 +250,8 @@ class _Reader:
     def _json(self, text: str, want: str) -> Any:
         try:
             return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise self.bad(want, f"{text[:60]!r} ({error.msg})", "correct the row") from error
+        except UNPARSABLE as error:
+            raise self.bad(want, f"{text[:60]!r} ({problem(error)})", "correct the row") from error
 
 
 def _short(value: Any) -> str:

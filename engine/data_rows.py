@@ -29,6 +29,10 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".parquet", ".arrow")
 PACKED = tuple(f"{suffix}.gz" for suffix in SUFFIXES[:4])
 
 
+# What the JSON parser raises: JSONDecodeError is a ValueError, as is an integer beyond Python's limit of digits.
+UNPARSABLE = (ValueError, RecursionError)
+
+
 class BadRow(UserError):
     """A row that can't be used, among others that can."""
 
@@ -85,8 +89,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
             continue
         try:
             yield place, _object(json.loads(line), place)
-        except json.JSONDecodeError as error:
-            yield place, _bad(place, "one JSON object per line", error.msg, "correct the line")
+        except UNPARSABLE as error:
+            yield place, _bad(place, "one JSON object per line", problem(error), "correct the line")
 
 
 def _list_rows(path: Path, text: str) -> Iterator[tuple[str, Row | BadRow]]:
@@ -102,8 +106,9 @@ def _list_rows(path: Path, text: str) -> Iterator[tuple[str, Row | BadRow]]:
             return
         try:
             row, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise expected(f"{path}:{error.lineno}", "a JSON list of objects", error.msg, "correct the file") from error
+        except UNPARSABLE as error:
+            at = getattr(error, "lineno", line)
+            raise expected(f"{path}:{at}", "a JSON list of objects", problem(error), "correct the file") from error
         yield place, _object(row, place)
         position = _skip_blank(text, position)
         more = text[position : position + 1] == ","
@@ -189,8 +194,13 @@ def load_json(path: Path) -> Any:
     """A whole JSON file; ``UserError`` with the line if it isn't one."""
     try:
         return json.loads(_whole_text(path))
-    except json.JSONDecodeError as error:
-        raise expected(f"{path}:{error.lineno}", "JSON", error.msg, "correct the file") from error
+    except UNPARSABLE as error:
+        raise expected(f"{path}:{getattr(error, 'lineno', 1)}", "JSON", problem(error), "correct the file") from error
+
+
+def problem(error: Exception) -> str:
+    """What the JSON parser complained of."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
 
 
 def _skip_blank(text: str, position: int) -> int:

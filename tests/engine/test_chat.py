@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fuselora.engine import answer_spans, chat
 from fuselora.engine.chat_templates import FAMILIES, FORMATS, set_template, shipped
@@ -106,6 +108,26 @@ def test_answers_of_any_characters(tokenizer):
     for text in ("é ü 世界", "  two  blanks  ", "\n", "<|user|>", "<|end|>"):
         conversation = [*MULTI[:2], {"role": "assistant", "content": text}]
         assert trained_text(chat.encode(conversation, tokenizer, cutoff_len=100), tokenizer) == text + "<|end|>"
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(answers=st.lists(st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=12), min_size=1, max_size=4))
+def test_any_answers_are_found_in_any_template(tokenizer, answers):
+    turns = [[{"role": "user", "content": "Join"}, {"role": "assistant", "content": text}] for text in answers]
+    conversation = [message for turn in turns for message in turn]
+    before = "".join(f"{text}<|end|>\n" for text in answers[:-1])
+    for template, thought, line in ((PLAIN, "", ""), (THINKING, "<think></think>", "\n")):
+        tokenizer.chat_template = template
+        for last_only in (False, True):
+            example = chat.encode(conversation, tokenizer, cutoff_len=1000, mask_history=last_only)
+            earlier = "" if last_only else before if line else before.replace("<|end|>\n", "<|end|>")
+            assert trained_text(example, tokenizer) == f"{earlier}{thought}{answers[-1]}<|end|>{line}"
+
+
+def test_tokenizers_without_characters_read_marked_templates_too(tokenizer, monkeypatch):
+    marked = chat.encode(MULTI, tokenizer, cutoff_len=100)
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    assert chat.encode(MULTI, tokenizer, cutoff_len=100) == marked
 
 
 def test_tool_calls_are_answers(tokenizer):

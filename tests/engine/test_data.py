@@ -4,11 +4,21 @@ import gzip
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fuselora.engine.data import load_splits
-from fuselora.engine.data_formats import Dialogue, Document, Feedback, Preference, check_stage
-from fuselora.engine.data_info import dataset_info
-from fuselora.engine.data_rows import BadRow, read_rows
+from fuselora.engine.data_formats import (
+    Dialogue,
+    Document,
+    Feedback,
+    Preference,
+    check_stage,
+    conversation,
+    to_sample,
+)
+from fuselora.engine.data_info import COLUMNS, FORMATS, OPENAI_TAGS, SHAREGPT_TAGS, DatasetInfo, dataset_info
+from fuselora.engine.data_rows import SUFFIXES, BadRow, read_rows
 from fuselora.engine.data_source import Source
 from fuselora.engine.errors import UserError
 
@@ -211,6 +221,18 @@ GOOD = '{"instruction": "I", "output": "O"}'
             {"formatting": "openai"},
             ["d.jsonl:1:", "in turn", "got tool, assistant"],
         ),
+        (
+            '{"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}',
+            "jsonl",
+            {"formatting": "openai"},
+            ["d.jsonl:1:", "an assistant's message"],
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "x", "tool_calls": true}]}',
+            "jsonl",
+            {"formatting": "openai"},
+            ["d.jsonl:1:", "a list of tool_calls"],
+        ),
         ('{"messages": [null]}', "jsonl", {"formatting": "openai"}, ["d.jsonl:1:", "a message", "None"]),
         (
             '{"messages": [{"role": "user", "content": null}]}',
@@ -383,3 +405,52 @@ def test_a_data_repository_by_the_real_library(tmp_path, monkeypatch, streaming)
         (repository / "train.jsonl").write_text(GOOD)
         changed = Source.of("d", str(tmp_path), "sft", cache_dir=str(tmp_path / "cache"))
         assert changed.digest() != source.digest()
+
+
+LINES = st.lists(
+    st.sampled_from([GOOD, "{", "[", "]", "[1", "3", '"', "\x00", "é,", '{"a":' + "9" * 5000 + "}", "[" * 9999])
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.one_of(st.binary(max_size=60), LINES.map(lambda lines: "\n".join(lines).encode())), data=st.data())
+def test_any_bytes_are_rows_or_one_sentence(tmp_path, content, data):
+    suffix = data.draw(st.sampled_from((*SUFFIXES, ".jsonl.gz")))
+    path = tmp_path / f"d{suffix}"
+    path.write_bytes(gzip.compress(content)[: data.draw(st.integers(1, 99))] if suffix.endswith(".gz") else content)
+    try:
+        rows = [row for _, row in read_rows(path)]
+    except UserError as error:
+        assert f"{path}" in str(error)
+    else:
+        assert all(isinstance(row, (dict, BadRow)) for row in rows)
+
+
+WORDS = st.sampled_from(
+    ["from", "value", "role", "content", "user", "human", "gpt", "tool", "function_call", "system", "{}", "[1]"]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | WORDS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(WORDS | st.sampled_from(["tool_calls", "name"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+NAMES = {name: name for name in COLUMNS if name not in ("images", "videos", "audios")}
+
+
+@settings(max_examples=200, deadline=None)
+@given(row=st.dictionaries(st.sampled_from(list(NAMES)), VALUES, max_size=6), data=st.data())
+def test_any_row_is_a_sample_or_a_bad_row(row, data):
+    stage = data.draw(st.sampled_from(["sft", "pt", "dpo", "kto"]))
+    formatting = "alpaca" if stage == "pt" else data.draw(st.sampled_from(FORMATS))
+    tags = OPENAI_TAGS if formatting == "openai" else SHAREGPT_TAGS
+    info = DatasetInfo("d", formatting=formatting, ranking=stage == "dpo", columns=NAMES, tags=tags)
+    try:
+        sample = to_sample(row, info, stage, "d.json:1")
+    except BadRow as error:
+        assert str(error).startswith("d.json:1: expected ") and len(str(error)) < 600
+    else:
+        messages = conversation(sample)
+        assert stage == "pt" or messages[-1]["role"] == "assistant"
