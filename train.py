@@ -18,7 +18,7 @@ from fuselora.engine.config import Config, read_config
 from fuselora.engine.config_docs import config_help
 from fuselora.engine.data import check_sources, first_example, load_data
 from fuselora.engine.errors import UserError, run_command
-from fuselora.engine.memory_run import apply_checkpointing
+from fuselora.engine.memory_run import announce, apply_checkpointing
 from fuselora.engine.methods import trainable_summary
 from fuselora.engine.model import build_model, check_vocabulary, load_tokenizer, quiet_libraries, resolve_base
 from fuselora.engine.monitors import Reporting, monitors_of
@@ -44,6 +44,7 @@ def train(config: Config) -> int:
         data = load_data(config, tokenizer)
     print(data.report, first_example(data.train, tokenizer), sep="\n")
 
+    print(announce(config))
     model = build_model(base, config)
     check_vocabulary(model, data.largest)
     print(trainable_summary(model))
@@ -53,8 +54,7 @@ def train(config: Config) -> int:
         except ValueError as error:  # strict, and something can't be fused
             raise UserError(str(error)) from error
         print(patch_report(model))
-        if said := apply_checkpointing(model, config):
-            print(said)
+        print(apply_checkpointing(model, config))
 
     trainer = Trainer(
         model, data.train, data.held_out, config, pad_id=tokenizer.pad_token_id, world=world, callbacks=[reporting]

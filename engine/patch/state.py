@@ -14,6 +14,7 @@ from peft.tuners import lora as peft_lora
 from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fuselora.engine.patch.quantized import (
     PEFT_4BIT,
@@ -27,7 +28,7 @@ from fuselora.engine.patch.swap import is_fused, stock_class
 from fuselora.kernels.lora import LoRA, Projection
 from fuselora.kernels.nf4 import Quantized4bit
 
-PLAIN_TENSORS = (nn.Parameter, Tensor)
+PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)  # fake: memory is estimated on them
 
 
 def bypass_reason(module: nn.Module) -> str | None:

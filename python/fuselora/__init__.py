@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fuselora.engine.fused_adamw import FusedAdamW
     from fuselora.engine.kbit import prepare_kbit
     from fuselora.engine.load_4bit import load_4bit
+    from fuselora.engine.memory_run import estimate
     from fuselora.engine.merge import Merged, merge_4bit
     from fuselora.engine.patch import PatchReport, patch_model, patch_report, unpatch_model
     from fuselora.engine.patch.checkpointing import set_checkpointing
@@ -29,6 +30,7 @@ _HOMES = {
     "FusedAdamW": "fuselora.engine.fused_adamw",
     "Merged": "fuselora.engine.merge",
     "PatchReport": "fuselora.engine.patch",
+    "estimate": "fuselora.engine.memory_run",
     "load_4bit": "fuselora.engine.load_4bit",
     "merge_4bit": "fuselora.engine.merge",
     "patch_model": "fuselora.engine.patch",
@@ -46,6 +48,7 @@ __all__ = [
     "PatchReport",
     "__version__",
     "env",
+    "estimate",
     "functional",
     "load_4bit",
     "merge_4bit",

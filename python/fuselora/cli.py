@@ -2,6 +2,8 @@
 
 fuselora train [config.yaml] [key=value ...]     train.py
 fuselora verify [config.yaml] [key=value ...]    patched against stock against fp64 on the configured model
+fuselora estimate [config.yaml] [key=value ...]  memory by part and checkpointing policy; with memory_budget_gb=N the
+                                                 longest context within N GB
 fuselora export [config.yaml] [key=value ...]    adapters merged into the base: a model folder, GGUF if asked
 fuselora bench [step|ops|gate|report|predict]    bench/, in a clone: a training step by default
 fuselora merge model_name_or_path=... adapter_name_or_path=... export_dir=... [requantize=true]
@@ -73,6 +75,13 @@ def _export(arguments: list[str]) -> int:
     return 0 if parity.ok else 1
 
 
+def _estimate(arguments: list[str]) -> int:
+    from fuselora.engine.memory_run import estimate
+
+    print(estimate(arguments))
+    return 0
+
+
 def _bench(arguments: list[str]) -> int:
     """`fuselora bench NAME ...` for a name in BENCHES; without one, a training step."""
     named = bool(arguments) and arguments[0] in BENCHES
@@ -133,6 +142,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "verify": _verify,
     "export": _export,
+    "estimate": _estimate,
     "bench": _bench,
     "merge": _merge,
     "env": _env,
