@@ -30,6 +30,7 @@ def test_two_processes_equal_one(run, keys, patch):
 @pytest.mark.parametrize("keys", [{}, {"fsdp": "full_shard"}], ids=str)
 def test_4bit_base(run, keys):
     """QLoRA: FSDP2 shards the bytes of the 4-bit weights and gathers them for fused blocks, which none decline."""
+    pytest.importorskip("bitsandbytes")
     quantized = KEYS | {"quantization_bit": 4, "fuse": True}
     one = run(1, "one", patch=True, **quantized, per_device_train_batch_size=4)
     two = run(2, "two", patch=True, **quantized, **keys, per_device_train_batch_size=2)
