@@ -8,7 +8,7 @@ enter bf16 products in two parts without a copy of them (lora.py). So a projecti
 gradient of several projections with theirs, is one product: fp32 sums over all terms.
 
 Bytes: every operand once, half a byte per 4-bit weight, and the panels, which stay in the L2 cache (csrc/cpu/gemm.cpp).
-Numerics: fp32 accumulation over ascending k within a term and from term to term; weights and adapters rounded to the
+Numerics: fp32 accumulation over ascending k in segments, then over these; weights and adapters rounded to the
 dtype of A. The same bits for any number of threads.
 """
 

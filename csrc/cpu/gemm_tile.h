@@ -123,7 +123,7 @@ __attribute__((noinline)) void tile(const Tile<Dot>& t, int64_t row) {
 #pragma GCC unroll 24
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) sums[i][j] = t.first ? splat(0) : load(kept + i * kWidth + j * kLanes, Full{});
+    for (int j = 0; j < kVecs; ++j) sums[i][j] = splat(0);
   const typename Dot::Panel* panel = t.panel;
   for (int s = 0; s < t.count; ++s) {
     const int64_t stride = t.stretches[s].stride, depth = t.stretches[s].depth;
@@ -153,7 +153,10 @@ __attribute__((noinline)) void tile(const Tile<Dot>& t, int64_t row) {
 #pragma GCC unroll 24
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) store(kept + i * kWidth + j * kLanes, sums[i][j], Full{});
+    for (int j = 0; j < kVecs; ++j) {
+      float* at = kept + i * kWidth + j * kLanes;
+      store(at, t.first ? sums[i][j] : load(at, Full{}) + sums[i][j], Full{});
+    }
   if (t.last) finish(t, kept, kWidth, row, kRows);
 }
 

@@ -11,7 +11,9 @@ from fuselora.kernels import native
 
 pytestmark = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
 ROOT = Path(__file__).parents[2]
-FILES = sorted(Path(__file__).parent / f"test_{family}.py" for family in ("glu", "rope", "cross_entropy", "attention"))
+FILES = sorted(
+    Path(__file__).parent / f"test_{family}.py" for family in ("glu", "rope", "cross_entropy", "attention", "gemm")
+)
 FORMAT = ROOT / "tests/kernels/test_nf4.py"
 
 
