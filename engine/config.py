@@ -72,9 +72,6 @@ class Config(EvalKeys, TrainKeys, OutputKeys, DataKeys, MethodKeys, ModelKeys):
         return self.checkpoint_policy != "off"
 
 
-HINTS = typing.get_type_hints(Config)
-
-
 @functools.cache
 def hints(kind: type[Config]) -> dict[str, Any]:
     """The types of the keys of ``Config`` or of a command's own kind of it."""

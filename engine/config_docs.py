@@ -8,15 +8,19 @@ from typing import Any
 
 import yaml
 
-from fuselora.engine.config import HINTS, Config
+from fuselora.engine.config import Config, hints
 from fuselora.engine.config_compat import HARMLESS, REFUSED, TRANSLATED, harmless_reasons
+from fuselora.engine.config_export import ChatConfig, ExportConfig
 from fuselora.engine.config_types import as_yaml, type_words
+
+COMMANDS = (ExportConfig, ChatConfig)
 
 
 def default_of(f: Field[Any]) -> str:
     """The default as one writes it in YAML."""
     assert f.default is not MISSING
-    return "(required)" if f.name in ("model_name_or_path", "output_dir", "dataset") else as_yaml(f.default)
+    required = ("model_name_or_path", "output_dir", "dataset", "export_dir")
+    return "(required)" if f.name in required else as_yaml(f.default)
 
 
 def config_markdown() -> str:
@@ -28,13 +32,37 @@ def config_markdown() -> str:
         "",
     ]
     for group in dict.fromkeys(f.metadata["group"] for f in fields(Config)):
-        lines += [f"## {group}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
-        for f in fields(Config):
-            if f.metadata["group"] == group:
-                kind = ", ".join(f"`{c}`" for c in f.metadata["choices"]) or type_words(HINTS[f.name])
-                lines.append(f"| `{f.name}` | {kind} | `{default_of(f)}` | {f.metadata['help']} |")
-        lines.append("")
+        lines += _group(group, Config)
+    for kind in COMMANDS:
+        lines += _group(kind.group, kind)
     return "\n".join([*lines, *_foreign_keys(), ""])
+
+
+def _group(group: str, kind: type[Config]) -> list[str]:
+    """The table of one group of keys."""
+    lines = [f"## {group}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+    for f in fields(kind):
+        if f.metadata["group"] == group:
+            words = ", ".join(f"`{c}`" for c in f.metadata["choices"]) or type_words(hints(kind)[f.name])
+            lines.append(f"| `{f.name}` | {words} | `{default_of(f)}` | {f.metadata['help']} |")
+    return [*lines, ""]
+
+
+def command_help(kind: type[ExportConfig] | type[ChatConfig]) -> str:
+    """The text of ``fuselora export --help`` and ``fuselora chat --help``."""
+    names = (
+        "model_name_or_path",
+        "adapter_name_or_path",
+        "template",
+        "quantization_bit",
+        "trust_remote_code",
+        "use_cpu",
+    )
+    lines = [f"usage: fuselora {kind.group} [config.yaml] [key=value ...]", ""]
+    for f in fields(kind):
+        if f.name in names or f.metadata["group"] == kind.group:
+            lines.append(f"  {f.name:34} {default_of(f):12} {f.metadata['help']}")
+    return "\n".join([*lines, "", "A file for training is accepted as well; its other keys don't matter here."])
 
 
 def _foreign_keys() -> list[str]:

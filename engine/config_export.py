@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fuselora.engine.config import Config
 from fuselora.engine.config_keys import _key
@@ -14,6 +14,7 @@ from fuselora.engine.errors import expected
 class ExportConfig(Config):
     """A run of ``fuselora export``. The names are LLaMA-Factory's."""
 
+    group: ClassVar[str] = "export"
     export_dir: str = _key("export", "", "Folder of the merged model.")
     export_size: int = _key("export", 5, "Largest file of the model in GB.")
     export_device: str = _key("export", "cpu", "Where to merge; auto: an accelerator if there is one.", ("cpu", "auto"))
@@ -50,6 +51,7 @@ class ExportConfig(Config):
 class ChatConfig(Config):
     """A run of ``fuselora chat``. The names are LLaMA-Factory's."""
 
+    group: ClassVar[str] = "chat"
     max_new_tokens: int = _key("chat", 1024, "Longest answer in tokens.")
     temperature: float = _key("chat", 0.95, "Of sampling; 0 takes the likeliest token.")
     top_p: float = _key("chat", 0.7, "Sample among the likeliest tokens with this share of the probability.")

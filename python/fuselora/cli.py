@@ -5,6 +5,7 @@ fuselora verify [config.yaml] [key=value ...]    patched against stock against f
 fuselora estimate [config.yaml] [key=value ...]  memory by part and checkpointing policy; with memory_budget_gb=N the
                                                  longest context within N GB
 fuselora export [config.yaml] [key=value ...]    adapters merged into the base: a model folder, GGUF if asked
+fuselora chat [config.yaml] [key=value ...]      a conversation on the terminal; also from a script on standard input
 fuselora bench [step|ops|gate|report|predict]    bench/, in a clone: a training step by default
 fuselora merge model_name_or_path=... adapter_name_or_path=... export_dir=... [requantize=true]
                                                  LoRA into a 4-bit base: a dense model, or 4 bits again, and the drift
@@ -62,10 +63,14 @@ BENCHES = {"step": "train_step", "ops": "op_times", "gate": "gate", "report": "w
 def _export(arguments: list[str]) -> int:
     """Exit code 1 if the exported model's logits are not those of base and adapter."""
     from fuselora.engine.config import read_config
+    from fuselora.engine.config_docs import command_help
     from fuselora.engine.config_export import ExportConfig
     from fuselora.engine.export import export
     from fuselora.engine.model import quiet_libraries
 
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(command_help(ExportConfig))
+        return 0
     quiet_libraries()
     config, sorting = read_config(arguments, ExportConfig)
     print(sorting)
@@ -80,6 +85,20 @@ def _estimate(arguments: list[str]) -> int:
 
     print(estimate(arguments))
     return 0
+
+
+def _chat(arguments: list[str]) -> int:
+    from fuselora.engine.chat_cli import chat
+    from fuselora.engine.config import read_config
+    from fuselora.engine.config_docs import command_help
+    from fuselora.engine.config_export import ChatConfig
+    from fuselora.engine.model import quiet_libraries
+
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(command_help(ChatConfig))
+        return 0
+    quiet_libraries()
+    return chat(read_config(arguments, ChatConfig)[0])
 
 
 def _bench(arguments: list[str]) -> int:
@@ -142,6 +161,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "verify": _verify,
     "export": _export,
+    "chat": _chat,
     "estimate": _estimate,
     "bench": _bench,
     "merge": _merge,

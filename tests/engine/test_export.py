@@ -149,6 +149,16 @@ def test_refused_keys(keys, wrong, words):
         ExportConfig(**keys | wrong)
 
 
+def test_help_and_documentation_name_the_keys(capsys):
+    from fuselora.engine.config_docs import config_markdown
+
+    for command, key in (("export", "export_dir"), ("chat", "default_system")):
+        assert cli.main([command, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert f"usage: fuselora {command}" in shown and key in shown and "adapter_name_or_path" in shown
+        assert "learning_rate" not in shown and f"| `{key}` |" in config_markdown()
+
+
 def test_refused_inputs_write_nothing(keys, tmp_path):
     folder = Path(keys["export_dir"])
     path = Path(keys["adapter_name_or_path"]) / "adapter_config.json"
