@@ -241,15 +241,23 @@ def _cpu_bwd(
     return gradients
 
 
+@torch.compiler.assume_constant_result
+def library_reason() -> str | None:
+    """Why there is no native library, or None; a constant to torch.compile."""
+    return native.reason()
+
+
 def native_refusal(q: Tensor, k: Tensor, scale: float) -> str | None:
-    """Why the native kernels don't take these, or None."""
+    """Why the native kernels don't take these, or None. torch.compile can trace it."""
     if q.numel() == 0 or k.numel() == 0:
         return "an empty dimension"
-    if q.shape[-1] % 8 or q.shape[-1] > WIDEST:
-        return f"head_dim {q.shape[-1]} is not a multiple of 8 up to {WIDEST}"
+    if q.shape[-1] % 2 or q.shape[-1] > WIDEST:
+        return f"head_dim {q.shape[-1]} is not an even number up to {WIDEST}"
     if k.shape[2] >= MOST_KEYS or not scale > 0:
         return f"{k.shape[2]} keys or a scale of {scale}: below {MOST_KEYS} and above 0 are computed"
-    return native.unsupported(q)
+    if q.dtype not in native.DTYPE:
+        return f"native attention computes fp32, bf16 and fp16, not {q.dtype}"
+    return library_reason()
 
 
 def _cpu_supports(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor | None, scale: float, *_: object) -> str | None:

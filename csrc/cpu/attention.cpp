@@ -77,13 +77,16 @@ void finish(const AttentionFwd& f, Work& w, int64_t b, int64_t head, int64_t q0,
   const Attention& a = f.in;
   const float unit = a.softcap > 0 ? 1.f : a.scale;
   float* lse = f.lse + (b * a.heads + head) * a.length + q0;
-  for (int64_t i = 0; i < kQueries; ++i) w.fade[i] = w.total[i] > 0 ? 1 / w.total[i] : 0;
   for (int64_t i = 0; i < count; ++i) lse[i] = w.total[i] == 0 ? -INFINITY : w.top[i] * unit + logf(w.total[i]);
-  for (int64_t j = 0; j < a.width; ++j)
-    for (int64_t i = 0; i < kQueries; i += kLanes) {
-      float* at = w.sums + j * kQueries + i;
-      store(at, load(at, Full{}) * load(w.fade + i, Full{}), Full{});
+  for (int64_t i = 0; i < kQueries; ++i) w.total[i] = w.total[i] == 0 ? 1 : w.total[i];
+  for (int64_t i = 0; i < kQueries; i += kLanes) {
+    const Vec total = load(w.total + i, Full{}), part = splat(1.f) / total;
+    for (float* at = w.sums + i; at < w.sums + a.width * kQueries; at += kQueries) {
+      // Where the result stays fp32, divided and not multiplied: one rounding.
+      const Vec sum = load(at, Full{});
+      store(at, kPack<Operand<T>> == 1 ? sum / total : sum * part, Full{});
     }
+  }
   const int64_t row = a.heads * a.width;
   T* out = static_cast<T*>(f.out) + (b * a.length + q0) * row + head * a.width;
   store_turned(w.sums, 1.f, count, a.width, out, row);

@@ -18,7 +18,7 @@ from fuselora.engine.patch.swap import LOCK, Fused, is_fused, restore, swap
 
 __all__ = ["KINDS", "PatchReport", "Row", "patch_model", "patch_report", "unpatch_model"]
 
-KINDS = ("attention", "mlp", "lora_linear", "norm", "layer", "loss")
+KINDS = ("attention", "mask", "mlp", "lora_linear", "norm", "layer", "loss")
 
 
 def patch_model(

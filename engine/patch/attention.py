@@ -1,9 +1,9 @@
-"""Attention modules: q, k and v in one function, q/k-norm and RoPE of both in one pass, then the model's attention
-interface.
+"""Attention modules: q, k and v in one function, q/k-norm and RoPE of both in one pass, then attention.
 
-The interface (SDPA, FlashAttention, Flex, eager ...), the mask, the cache and everything else in ``kwargs`` are
-transformers' own; what is written here is the projection and rotation around them. Families differ in data, not in
-code: see the class attributes.
+On a CPU, where a model asks for ``sdpa`` and the mask is None or ranges of keys (``backbone.py`` makes them), attention
+is our own native op. Everything else goes through the model's attention interface (SDPA, FlashAttention, Flex,
+eager ...), and the cache and what is in ``kwargs`` are transformers' own. Families differ in data, not in code: see the
+class attributes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -18,8 +19,19 @@ from fuselora.engine.patch.blocks import run_linears
 from fuselora.engine.patch.modules import FusedRMSNorm
 from fuselora.engine.patch.state import bypass_reason, read_block
 from fuselora.engine.patch.swap import Fused, decline, is_fused
+from fuselora.kernels.attention import WIDEST, attention, library_reason, native_refusal
+from fuselora.kernels.attention_ranges import dense_mask
 from fuselora.kernels.qk_norm_rope import qk_norm_rope
 from fuselora.kernels.rope import rope
+
+OWN_OPTIONS = ("output_attentions", "position_bias", "cache")  # of a call: what only stock's interface understands
+
+
+def read_ranges(mask: object) -> Tensor | None:
+    """The int32 ranges [B, S, 2] that a mask [B, 1, S, 2] carries, or None if it is another kind of mask."""
+    if isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[-1] == 2:
+        return mask[:, 0]
+    return None
 
 
 class FusedAttention(Fused):
@@ -51,6 +63,68 @@ class FusedAttention(Fused):
         """What the family passes to the attention interface besides scaling and dropout."""
         return {}
 
+    def fuse_window(self: Any) -> int:
+        """Keys that a query sees, itself included; 0 for all."""
+        return self.fuse_interface_options().get("sliding_window") or 0
+
+    def fuse_native_state(self: Any) -> str | None:
+        """Why attention itself runs through the model's interface in this state, or None if it is the native op."""
+        if self.config._attn_implementation != "sdpa":
+            return f"the model asks for {self.config._attn_implementation}"
+        if self.training and self.attention_dropout:
+            return f"its dropout is {self.attention_dropout}"
+        if self.fuse_interface_options().get("softcap") is not None:
+            return "its scores are soft-capped, which sdpa is not"
+        if self.head_dim % 2 or self.head_dim > WIDEST:
+            return f"head_dim is {self.head_dim}"
+        weight = next(self.parameters())
+        return f"it is on {weight.device.type}" if weight.device.type != "cpu" else library_reason()
+
+    def fuse_note(self: Any) -> str:
+        reason = self.fuse_native_state()
+        runs = f"attention runs {self.config._attn_implementation}: {reason}" if reason else "attention runs natively"
+        return "; ".join(filter(None, (super().fuse_note(), runs)))
+
+    def fuse_native_reason(
+        self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+    ) -> str | None:
+        """Why the native op doesn't compute this call, or None."""
+        if reason := self.fuse_native_state():
+            return reason
+        if q.shape[2] == 1 or any(
+            options.get(name) is not None for name in OWN_OPTIONS if options.get(name) is not False
+        ):
+            return "one query, or options of stock's interface"
+        if mask is None and q.shape[2] != k.shape[2] or mask is not None and read_ranges(mask) is None:
+            return "a mask that is not made of ranges"
+        if type(q) is not Tensor or q.dtype != k.dtype or k.dtype != v.dtype or k.shape != v.shape:
+            return "q, k and v differ in kind"
+        return native_refusal(q, k, self.scaling)
+
+    def fuse_attend(
+        self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """q [B, H, S, D], k and v [B, Hkv, Sk, D] to ([B, S, H, D], weights if the interface gives them)."""
+        causal = options.get("is_causal")
+        causal = getattr(self, "is_causal", True) if causal is None else causal
+        ranges = read_ranges(mask)
+        if self.fuse_native_reason(q, k, v, mask, options) is None:
+            # Without a mask stock applies no window: it gives None only where the window covers all keys.
+            window = self.fuse_window() or None if ranges is not None else None
+            return attention(q, k, v, scale=self.scaling, causal=causal, window=window, ranges=ranges), None
+        if ranges is not None:
+            mask = self.fuse_dense_mask(ranges, q.shape[2], k.shape[2])
+        eager = sys.modules[type(self).__module__].eager_attention_forward
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        dropout = self.attention_dropout if self.training else 0.0
+        return attend(
+            self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **self.fuse_interface_options(), **options
+        )
+
+    def fuse_dense_mask(self: Any, ranges: Tensor, length: int, keys: int) -> Tensor:
+        """What stock's mask for sdpa would have been."""
+        return dense_mask(ranges, length, keys, True, self.fuse_window(), ranges.device)
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -62,10 +136,11 @@ class FusedAttention(Fused):
         projections = read_block(hidden_states, *self.fuse_linears())
         if isinstance(projections, str) or position_embeddings is None:
             decline(self, projections if isinstance(projections, str) else "no position_embeddings were given")
+            ranges, length = read_ranges(attention_mask), hidden_states.shape[1]
             return super().forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
+                attention_mask=attention_mask if ranges is None else self.fuse_dense_mask(ranges, length, length),
                 past_key_values=past_key_values,
                 **kwargs,
             )
@@ -78,19 +153,7 @@ class FusedAttention(Fused):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        eager = sys.modules[type(self).__module__].eager_attention_forward
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
-        context, weights = attend(
-            self,
-            q,
-            k,
-            v,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **self.fuse_interface_options(),
-            **kwargs,
-        )
+        context, weights = self.fuse_attend(q, k, v, attention_mask, kwargs)
         return self.o_proj(context.reshape(*hidden_states.shape[:-1], -1)), weights
 
 

@@ -62,7 +62,7 @@ def test_loss_curve(family: str, dtype: torch.dtype) -> None:
     """Ten optimizer steps; the yardstick of the loss is stock's worst error of loss and logits over the whole run."""
     stock = lora_model(family, dtype)
     ours, exact = patched_twin(stock), double_copy(stock)
-    inputs = [batch(seed=0, pad="right")] * 10
+    inputs = [batch(seed=3, pad="right")] * 10
     with StayDouble():
         truth = train_curve(exact, [to_double(b) for b in inputs])
     stock_curve, our_curve = train_curve(stock, inputs), train_curve(ours, inputs)

@@ -124,7 +124,8 @@ def batch(rows: int = 2, length: int = 13, *, seed: int = 7, pad: str | None = N
 
 
 def packed_batch(lengths: tuple[int, ...] = (5, 9, 4), *, seed: int = 7) -> dict[str, Tensor]:
-    """Several sequences in one row, kept apart by restarting position_ids."""
+    """Several sequences in one row, kept apart by restarting position_ids; stock looks at them without a cache only."""
     made = batch(1, sum(lengths), seed=seed)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    return {**made, "labels": made["labels"].masked_fill(positions == 0, -100), "position_ids": positions}
+    labels = made["labels"].masked_fill(positions == 0, -100)
+    return {**made, "labels": labels, "position_ids": positions, "use_cache": False}

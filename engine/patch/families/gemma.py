@@ -1,6 +1,7 @@
 """Gemma 1, 2 and 3 (text): (1 + w) norms and GeGLU; 2 and 3 put norms on both sides of each branch."""
 
 from fuselora.engine.patch.attention import FusedAttention, FusedHeadNormAttention, FusedSoftcapAttention
+from fuselora.engine.patch.backbone import FusedBackbone
 from fuselora.engine.patch.families.llama import ROTARY, TESTED
 from fuselora.engine.patch.modules import (
     FusedDecoderLayer,
@@ -21,6 +22,7 @@ GEMMA = Family(
     rules=(
         Rule(f"{MODELING}:GemmaRMSNorm", FusedGemmaRMSNorm, methods=NORM),
         Rule(f"{MODELING}:GemmaMLP", FusedGatedMLP),
+        Rule(f"{MODELING}:GemmaModel", FusedBackbone),
         Rule(f"{MODELING}:GemmaAttention", FusedAttention, functions=ROTARY),
         Rule(f"{MODELING}:GemmaDecoderLayer", FusedDecoderLayer),
     ),
@@ -31,6 +33,7 @@ GEMMA2 = Family(
     rules=(
         Rule(f"{MODELING2}:Gemma2RMSNorm", FusedGemmaRMSNorm, methods=NORM),
         Rule(f"{MODELING2}:Gemma2MLP", FusedGatedMLP),
+        Rule(f"{MODELING2}:Gemma2Model", FusedBackbone),
         Rule(f"{MODELING2}:Gemma2Attention", FusedSoftcapAttention, functions=ROTARY),
         Rule(f"{MODELING2}:Gemma2DecoderLayer", FusedSandwichDecoderLayer),
     ),
@@ -41,6 +44,7 @@ GEMMA3 = Family(
     rules=(
         Rule(f"{MODELING3}:Gemma3RMSNorm", FusedGemmaRMSNorm, methods=NORM),
         Rule(f"{MODELING3}:Gemma3MLP", FusedGatedMLP),
+        Rule(f"{MODELING3}:Gemma3TextModel", FusedBackbone),
         Rule(f"{MODELING3}:Gemma3Attention", FusedHeadNormAttention, functions=ROTARY),
         Rule(f"{MODELING3}:Gemma3DecoderLayer", FusedSandwichDecoderLayer),
     ),

@@ -5,6 +5,7 @@ transformers.
 """
 
 from fuselora.engine.patch.attention import FusedAttention
+from fuselora.engine.patch.backbone import FusedBackbone
 from fuselora.engine.patch.modules import FusedDecoderLayer, FusedGatedMLP, FusedRMSNorm
 from fuselora.engine.patch.rules import Family, Rule
 
@@ -18,6 +19,7 @@ LLAMA = Family(
     rules=(
         Rule(f"{MODELING}:LlamaRMSNorm", FusedRMSNorm),
         Rule(f"{MODELING}:LlamaMLP", FusedGatedMLP),
+        Rule(f"{MODELING}:LlamaModel", FusedBackbone),
         Rule(f"{MODELING}:LlamaAttention", FusedAttention, functions=ROTARY),
         Rule(f"{MODELING}:LlamaDecoderLayer", FusedDecoderLayer),
     ),

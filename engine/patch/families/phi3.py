@@ -1,6 +1,7 @@
 """Phi-3: packed qkv and gate_up projections, partial rotary, residual dropout."""
 
 from fuselora.engine.patch.attention import FusedPackedAttention
+from fuselora.engine.patch.backbone import FusedBackbone
 from fuselora.engine.patch.families.llama import ROTARY, TESTED
 from fuselora.engine.patch.modules import FusedDropoutDecoderLayer, FusedPackedMLP, FusedRMSNorm
 from fuselora.engine.patch.rules import Family, Rule
@@ -13,6 +14,7 @@ PHI3 = Family(
     rules=(
         Rule(f"{MODELING}:Phi3RMSNorm", FusedRMSNorm),
         Rule(f"{MODELING}:Phi3MLP", FusedPackedMLP),
+        Rule(f"{MODELING}:Phi3Model", FusedBackbone),
         Rule(f"{MODELING}:Phi3Attention", FusedPackedAttention, functions=ROTARY),
         Rule(f"{MODELING}:Phi3DecoderLayer", FusedDropoutDecoderLayer),
     ),

@@ -1,6 +1,7 @@
 """Qwen2 and 2.5 (biases on q, k, v; window per layer) and Qwen3 (norms on q and k per head)."""
 
 from fuselora.engine.patch.attention import FusedHeadNormAttention, FusedWindowAttention
+from fuselora.engine.patch.backbone import FusedBackbone
 from fuselora.engine.patch.families.llama import ROTARY, TESTED
 from fuselora.engine.patch.modules import FusedDecoderLayer, FusedGatedMLP, FusedRMSNorm
 from fuselora.engine.patch.rules import Family, Rule
@@ -14,6 +15,7 @@ QWEN2 = Family(
     rules=(
         Rule(f"{MODELING2}:Qwen2RMSNorm", FusedRMSNorm),
         Rule(f"{MODELING2}:Qwen2MLP", FusedGatedMLP),
+        Rule(f"{MODELING2}:Qwen2Model", FusedBackbone),
         Rule(f"{MODELING2}:Qwen2Attention", FusedWindowAttention, functions=ROTARY),
         Rule(f"{MODELING2}:Qwen2DecoderLayer", FusedDecoderLayer),
     ),
@@ -24,6 +26,7 @@ QWEN3 = Family(
     rules=(
         Rule(f"{MODELING3}:Qwen3RMSNorm", FusedRMSNorm),
         Rule(f"{MODELING3}:Qwen3MLP", FusedGatedMLP),
+        Rule(f"{MODELING3}:Qwen3Model", FusedBackbone),
         Rule(f"{MODELING3}:Qwen3Attention", FusedHeadNormAttention, functions=ROTARY),
         Rule(f"{MODELING3}:Qwen3DecoderLayer", FusedDecoderLayer),
     ),
