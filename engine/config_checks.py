@@ -6,7 +6,7 @@ Each check raises one ``UserError`` that names the key.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fuselora.engine.config_types import as_yaml
 from fuselora.engine.errors import expected
@@ -39,11 +39,6 @@ def _check_required(config: Config) -> None:
 
 
 def _check_supported(config: Config) -> None:
-    supported: dict[str, tuple[Any, str]] = {
-    }
-    for key, (want, remedy) in supported.items():
-        if getattr(config, key) != want:
-            raise expected(key, as_yaml(want), as_yaml(getattr(config, key)), remedy)
     if config.stage not in ("sft", "pt"):
         raise expected("stage", "sft or pt", config.stage, "other objectives do not exist here yet")
     if config.quantization_bit not in (None, 4, 8):
