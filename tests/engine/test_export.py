@@ -253,7 +253,8 @@ def test_llama3_rope_is_a_tensor_of_factors(family_folder):
     assert factors[0] == 1 and factors[-1] == 8 and torch.equal(factors, rope_factors(model.config))
 
 
-def test_what_gguf_cannot_hold_is_refused_before_anything_is_written(family_folder, tokenizer, monkeypatch):
+def test_what_gguf_cannot_hold_is_refused_before_anything_is_written(family_folder, tokenizer):
+    pytest.importorskip("gguf")
     _, keys = family_folder("gemma")
     with pytest.raises(UserError, match="export_gguf: expected a model of llama, mistral, qwen2, qwen3, got gemma"):
         export(ExportConfig(**keys, export_gguf="f16"))
