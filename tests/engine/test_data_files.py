@@ -79,13 +79,13 @@ def test_folder_of_files(tmp_path):
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "jsonl.gz", "csv", "parquet", "arrow", "arrow stream"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"instruction": 'one,\n"two"', "output": "é"}, {"instruction": "three", "output": "four"}]
     path = tmp_path / f"d.{kind.split()[0]}"
     lines = "\n".join(map(json.dumps, rows)).encode()
     table = pyarrow.Table.from_pylist(rows)
     if kind == "parquet":
-        pyarrow.parquet.write_table(table, path)
+        parquet.write_table(table, path)
     elif kind.startswith("arrow"):
         opened = pyarrow.ipc.new_file if kind == "arrow" else pyarrow.ipc.new_stream
         with opened(path, table.schema) as writer:
