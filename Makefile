@@ -20,7 +20,7 @@ else
 SETUP := $(VENV)/.installed
 endif
 
-.PHONY: setup train test aot test-peft test-transformers test-compat bench bench-all gate lint format native gpu gpu-smoke clean
+.PHONY: setup train test aot test-peft test-transformers test-compat bench bench-all gate lint format native sanitize gpu gpu-smoke clean
 
 setup: $(SETUP)
 
@@ -102,6 +102,19 @@ native: $(SETUP)
 	cmake -S . -B build/native -DFUSELORA_TESTS=ON
 	cmake --build build/native --parallel
 	ctest --test-dir build/native --output-on-failure
+
+# The CPU library with AddressSanitizer and UndefinedBehaviorSanitizer: its C tests under every instruction set, the native
+# tests, and FUZZ_SECONDS of random shapes and strides. Leaks are not looked for: Python's own would drown ours.
+FUZZ_SECONDS ?= 60
+SANITIZED := build/sanitize/lib/libfuselora_cpu.so
+SANITIZERS = $(foreach name,asan ubsan,$(shell $(CC) -print-file-name=lib$(name).so))
+sanitize: $(SETUP)
+	cmake -S . -B build/sanitize -DFUSELORA_SANITIZE=address,undefined -DFUSELORA_TESTS=ON -DFUSELORA_CUDA=OFF \
+		-DFUSELORA_OUTPUT_DIR=$(CURDIR)/build/sanitize/lib
+	cmake --build build/sanitize --parallel
+	ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/sanitize --output-on-failure
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 FUSELORA_TEST_LIBRARY=$(CURDIR)/$(SANITIZED) \
+		$(PY) tests/native/fuzz.py --seconds $(FUZZ_SECONDS)
 
 # On a CUDA machine: build, GPU tests, measurements, in order of priority within BUDGET seconds; JSON under build/gpu.
 # Given PYTHON on the command line, that interpreter runs them with what it has, and nothing is installed.

@@ -2,6 +2,7 @@
 TRITON_INTERPRET=1 the Triton kernels, run by Triton's interpreter, for every op and dtype they can take."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,18 @@ from tests.support.aot_report import (  # noqa: F401
     pytest_testnodedown,
 )
 
+from fuselora.kernels import native
 from fuselora.kernels.gpu.launch import interpreting
 from fuselora.kernels.registry import ENV_IMPL
 
+
+def use_test_library():
+    """Another build of the native library, with sanitizers say, named by FUSELORA_TEST_LIBRARY."""
+    if path := os.environ.get("FUSELORA_TEST_LIBRARY"):
+        native.LIBRARY = Path(path)
+
+
+use_test_library()
 if interpreting():
     os.environ.setdefault(ENV_IMPL, "*=triton")
 

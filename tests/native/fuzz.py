@@ -1,0 +1,112 @@
+"""Random shapes and strides through every public function on the native library, against fp64.
+
+    python tests/native/fuzz.py --seconds 60 [--seed N] [--only rope]    # `make sanitize` runs it under ASan and UBSan
+
+Every case has a number; a failing one is repeated with ``--seed N --seconds 0``. What is checked: outputs and gradients
+within K times stock's error (contract tests hold the narrow bound: of thousands of cases some exceed that by chance),
+NaN in the gaps between rows and in outputs that a kernel forgot; and, with the library built with
+``FUSELORA_SANITIZE=address,undefined`` and libasan preloaded, no access outside the operands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+import torch  # noqa: E402
+import workloads  # noqa: E402
+from tests.conftest import use_test_library  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils._pytree import tree_map  # noqa: E402
+
+import fuselora.functional  # noqa: E402, F401  (fills the registry)
+from fuselora.kernels import native  # noqa: E402
+from fuselora.kernels.registry import FUNCTIONS, Sample  # noqa: E402
+from fuselora.testing import assert_kernel_close, poisoned_empty, run_with_grads  # noqa: E402
+
+K = 10.0
+
+
+def random_shape(draw: random.Random) -> workloads.Shape:
+    """Small and awkward: odd widths, single rows, heads of any even width, more heads than kv heads."""
+
+    def width(most: int) -> int:
+        return draw.choice(
+            [draw.randint(1, most), 8 * draw.randint(1, most // 8), 2 ** draw.randint(0, most.bit_length() - 1)]
+        )
+
+    kv = draw.randint(1, 3)
+    return workloads.Shape(
+        tokens=draw.choice([1, draw.randint(2, 70)]),
+        hidden=width(140),
+        intermediate=width(140),
+        heads=kv * draw.randint(1, 4),
+        kv_heads=kv,
+        head_dim=2 * width(40),
+        vocab=draw.randint(2, 300),
+        rank=draw.choice([1, 4, 7, 8, 16, draw.randint(1, 70)]),
+    )
+
+
+def restrided(x: Any, draw: random.Random) -> Any:
+    """The same values with gaps between rows, or with its middle dimensions stored in another order."""
+    if not isinstance(x, Tensor) or not x.requires_grad or x.dim() < 2:
+        return x
+    kind, data = draw.choice(["as is", "gaps", "order"]), x.detach()
+    if kind == "gaps":
+        wide = torch.full((*data.shape[:-1], data.shape[-1] + draw.randint(1, 9)), torch.nan, dtype=data.dtype)
+        data = wide[..., : data.shape[-1]].copy_(data)
+    elif kind == "order" and data.dim() == 4:
+        data = data.transpose(1, 2).contiguous().transpose(1, 2)
+    return data.requires_grad_()
+
+
+def run_case(number: int, only: str | None) -> str:
+    """Case ``number``: which function, at which shape; raises what its check raises."""
+    draw = random.Random(number)
+    torch.manual_seed(number)
+    dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
+    shape = random_shape(draw)
+    makers = workloads.functions(shape, dtype, torch.device("cpu"))
+    name = only or draw.choice([name for name in makers if name in FUNCTIONS])
+    if name == "attention" and shape.tokens == 1:  # the gradients of q and k are zero, and no error is relative to that
+        return name
+    args = tree_map(lambda x: restrided(x, draw), makers[name]())
+    print(f"case {number}: {name} {dtype} {shape}", file=sys.stderr, flush=True)
+    record, sample = FUNCTIONS[name], Sample(f"case {number}", args)
+    with poisoned_empty():
+        ours = run_with_grads(record.fn, sample)
+    stock, truth = run_with_grads(record.eager, sample), run_with_grads(record.eager, sample, dtype=torch.float64)
+    for what, *triples in zip(("output", "gradient"), ours, truth, stock, strict=True):
+        for i, (actual, exact, eager) in enumerate(zip(*triples, strict=True)):
+            if actual is not None or exact is not None:
+                assert_kernel_close(actual, exact, eager, name=f"{name}[case {number}] {what} {i}", k=K)
+    return name
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0, help="number of the first case")
+    parser.add_argument("--only", help="one function")
+    args = parser.parse_args()
+    use_test_library()
+    if native.reason():
+        parser.exit(2, f"error: fuzz: expected the native library, got none: {native.reason()}\n")
+    end, number, seen = time.monotonic() + args.seconds, args.seed, dict.fromkeys(FUNCTIONS, 0)
+    while number == args.seed or time.monotonic() < end:
+        seen[run_case(number, args.only)] += 1
+        number += 1
+    print(f"{number - args.seed} cases, none failed: {', '.join(f'{name} {n}' for name, n in seen.items() if n)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
