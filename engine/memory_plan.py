@@ -71,16 +71,16 @@ def choose(
 ) -> tuple[str, ...] | None:
     """The policies of all layers whose bytes per token sum to at most ``budget``: those that offload the fewest layers,
     and of them the one that recomputes least; None if there are none."""
-    best: tuple[tuple[int, ...], tuple[str, ...]] | None = None
+    best: tuple[int, ...] | None = None
     for counts in _partitions(layers, len(allowed)):
         if sum(n * kept[p] for n, p in zip(counts, allowed, strict=True)) > budget:
             continue
         cost = sum(n * shape.recompute_macs(p) for n, p in zip(counts, allowed, strict=True))
         rank = (counts[-1] if "offload" in allowed else 0, cost, *counts)
-        plan = tuple(p for p, n in zip(reversed(allowed), reversed(counts), strict=True) for _ in range(n))
-        if best is None or rank < best[0]:
-            best = rank, plan
-    return None if best is None else best[1]
+        best = rank if best is None or rank < best else best
+    if best is None:
+        return None
+    return tuple(p for p, n in zip(reversed(allowed), reversed(best[2:]), strict=True) for _ in range(n))
 
 
 def _partitions(total: int, parts: int) -> list[tuple[int, ...]]:
