@@ -7,6 +7,7 @@ import hashlib
 import sys
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 import fuselora.functional  # noqa: F401  (fills the registry)
 from fuselora.kernels import dropout, native
@@ -104,7 +105,7 @@ def digest() -> str:
             for sample in op.samples(dtype, torch.device("cpu")):
                 with poisoned_empty():
                     result = impl.fn(*sample.args, **sample.kwargs)
-                for tensor in (result,) if isinstance(result, torch.Tensor) else result:
+                for tensor in tree_leaves(result):
                     sha.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"-")
     return sha.hexdigest()
 
