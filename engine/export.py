@@ -26,6 +26,7 @@ from fuselora.engine.adapters import check_base, load_adapter, merge_in_fp32
 from fuselora.engine.config import Config
 from fuselora.engine.config_export import ExportConfig
 from fuselora.engine.errors import UserError, expected, first_line
+from fuselora.engine.export_gguf import FILE as GGUF
 from fuselora.engine.export_gguf import check_gguf, write_gguf
 from fuselora.engine.fingerprint import base_fingerprint, chain
 from fuselora.engine.fp32_compute import fp32_logits
@@ -94,7 +95,14 @@ def export(config: ExportConfig) -> Parity:
 
 
 def _check_folder(config: ExportConfig) -> Path:
-    folder = Path(config.export_dir).expanduser()
+    """The folder to write, through links; ``overwrite_output_dir`` is no leave to write over what is merged."""
+    folder = Path(config.export_dir).expanduser().resolve()
+    for key, paths in (
+        ("model_name_or_path", (config.model_name_or_path,)),
+        ("adapter_name_or_path", config.adapter_name_or_path),
+    ):
+        if folder in [Path(path).expanduser().resolve() for path in paths]:
+            raise expected("export_dir", f"another folder than {key}", repr(config.export_dir), "choose another")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not config.overwrite_output_dir:
         raise expected(
             "export_dir", "a new or empty folder", repr(str(folder)), "choose another or set overwrite_output_dir: true"
@@ -177,15 +185,23 @@ def _untie(model: Any) -> Any:
 
 
 def _write(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, config: ExportConfig) -> None:
-    """All files, under another name until they are complete."""
+    """All files, under another name until they are complete. Of a folder that is there, what an export wrote before is
+    replaced, and what else it holds stays.
+    """
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     model.config.use_cache = True
     save_model(model, staging, dtype, max_shard_size=f"{config.export_size}GB")
     tokenizer.save_pretrained(staging)
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
+    if not folder.is_dir():
+        staging.rename(folder)
+        return
+    for old in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json"), folder / GGUF):
+        old.unlink(missing_ok=True)
+    for path in staging.iterdir():
+        path.replace(folder / path.name)
+    staging.rmdir()
 
 
 def _read_back(folder: Path, device: torch.device) -> Any:

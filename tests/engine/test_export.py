@@ -159,6 +159,25 @@ def test_help_and_documentation_name_the_keys(capsys):
         assert "learning_rate" not in shown and f"| `{key}` |" in config_markdown()
 
 
+def test_overwriting_replaces_an_export_and_nothing_else(keys, tmp_path):
+    folder = tmp_path / "real"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "model-00001-of-00002.safetensors").write_text("an older export's shard")
+    (tmp_path / "merged").symlink_to(folder)
+    assert export(ExportConfig(**keys, overwrite_output_dir=True)).ok
+    assert (folder / "notes.txt").read_text() == "mine" and (folder / "model.safetensors").is_file()
+    assert (tmp_path / "merged").is_symlink() and not (folder / "model-00001-of-00002.safetensors").exists()
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "adapter_name_or_path"])
+def test_an_export_never_writes_over_what_it_merges(keys, key):
+    there = sorted(Path(keys[key]).iterdir())
+    with pytest.raises(UserError, match=f"export_dir: expected another folder than {key}"):
+        export(ExportConfig(**keys | {"export_dir": keys[key]}, overwrite_output_dir=True))
+    assert sorted(Path(keys[key]).iterdir()) == there
+
+
 def test_refused_inputs_write_nothing(keys, tmp_path):
     folder = Path(keys["export_dir"])
     path = Path(keys["adapter_name_or_path"]) / "adapter_config.json"
