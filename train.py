@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -65,10 +66,9 @@ def train(config: Config) -> int:
         print(f"held-out loss {trainer.evaluate()['eval_loss']:.4f}")
         return 0
     trainer.resume()
-    if world.main:
-        output.open_output_dir(config, resumed=trainer.resumed)
-    with reporting.running(trainer):
-        stopped_by = trainer.fit()
+    with output.opened_output_dir(config, resumed=trainer.resumed) if world.main else nullcontext():
+        with reporting.running(trainer):
+            stopped_by = trainer.fit()
     if stopped_by:
         print(f"stopped; go on with the same command and resume_from_checkpoint={trainer.last_checkpoint}")
         return 128 + stopped_by

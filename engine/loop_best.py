@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class Best:
         if greater is None:
             greater = not name.endswith("loss")
         better = self.value is None or (value > self.value if greater else value < self.value)
+        better = better and math.isfinite(value)  # nothing is below NaN
         if better:
             self.value, self.step, self.worse = value, step, 0
         else:

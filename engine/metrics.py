@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from fuselora.engine.errors import expected, first_line
+
 LOG_FILE = "trainer_log.jsonl"
 CURVE_FILE = "loss.png"
 BAR = 16  # characters
@@ -41,7 +43,7 @@ class RunLog:
         if resume_step is not None and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             self.records = [r for r in map(json.loads, lines) if r["current_steps"] <= resume_step]
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+        self._write("w", self.records)
 
     def record(self, step: int, **values: Any) -> dict[str, Any]:
         elapsed = time.monotonic() - self._began
@@ -52,9 +54,16 @@ class RunLog:
             entry["matmul_share"] = round(values["tokens_per_second"] / self.full_speed, 4)
         entry |= {"elapsed_time": _clock(elapsed), "remaining_time": _clock(remaining)}
         self.records.append(entry)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        self._write("a", [entry])
         return entry
+
+    def _write(self, mode: str, records: list[dict[str, Any]]) -> None:
+        try:
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+        except OSError as error:
+            remedy = "make room and go on with resume_from_checkpoint: auto"
+            raise expected(str(self.path), "room and the right to write", first_line(error), remedy) from error
 
     def progress(self, entry: dict[str, Any]) -> None:
         """One line of training: overwritten in place on a terminal."""

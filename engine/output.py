@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from fuselora.engine.adapters import load_adapter, merge_adapters, merged_first, save_adapter_files
 from fuselora.engine.chat import prompt_ids
@@ -16,7 +21,7 @@ from fuselora.engine.checkpoint import PREFIX, has_checkpoints
 from fuselora.engine.config import Config
 from fuselora.engine.config_docs import config_yaml
 from fuselora.engine.data import Conversation
-from fuselora.engine.errors import UserError, expected
+from fuselora.engine.errors import expected, first_line
 from fuselora.engine.kbit import dequantize_linears
 from fuselora.engine.model import load_base, pick_device
 from fuselora.engine.patch import patch_model
@@ -24,11 +29,12 @@ from fuselora.engine.patch import patch_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LOCK = ".run.lock"
 SMALL = 1_000_000_000  # weights; reloading a larger base in fp32 takes more memory than its training may have
 
 
 def check_output_dir(config: Config) -> None:
-    """Refuse a folder that holds something, unless asked to overwrite or resume."""
+    """Refuse a folder that holds something, unless asked to overwrite or resume, and one that can't be written."""
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise expected("output_dir", "a folder", f"{str(folder)!r}, which is a file", "choose another name")
@@ -47,20 +53,54 @@ def check_output_dir(config: Config) -> None:
             f"{str(folder)!r}, which is not empty",
             "choose another, or set resume_from_checkpoint: auto or overwrite_output_dir: true",
         )
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if config.do_train and not os.access(there, os.W_OK | os.X_OK):
+        raise expected("output_dir", "the right to write", f"none in {str(there)!r}", "choose another")
+
+
+@contextmanager
+def opened_output_dir(config: Config, *, resumed: bool) -> Iterator[None]:
+    """The folder of a run, which is this run's alone inside the block.
+
+    Raises:
+        UserError: another run is writing there; nothing has been touched then.
+    """
+    folder = Path(config.output_dir)
+    with _writing("output_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            got = f"another one writing to {str(folder)!r}"
+            raise expected("output_dir", "a folder for this run alone", got, "choose another or wait") from error
+    try:
+        open_output_dir(config, resumed=resumed)
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def _writing(key: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        remedy = "make room or choose another folder; checkpoints are as they were"
+        raise expected(key, "room and the right to write", first_line(error), remedy) from error
 
 
 def open_output_dir(config: Config, *, resumed: bool = False) -> Path:
     """Create the folder and record the configuration. Overwriting removes the old run's checkpoints."""
     folder = Path(config.output_dir)
-    try:
+    with _writing("output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: expected a folder that can be made, got {error}; choose another") from error
-    if config.overwrite_output_dir and not resumed:
-        for old in folder.glob(f"{PREFIX}*"):
-            if old.is_dir() and old.name.removeprefix(PREFIX).isdigit():
-                shutil.rmtree(old)
-    (folder / "training_args.yaml").write_text(config_yaml(config), encoding="utf-8")
+        if config.overwrite_output_dir and not resumed:
+            for old in folder.glob(f"{PREFIX}*"):
+                if old.is_dir() and old.name.removeprefix(PREFIX).isdigit():
+                    shutil.rmtree(old)
+        (folder / "training_args.yaml").write_text(config_yaml(config), encoding="utf-8")
     return folder
 
 
@@ -69,15 +109,16 @@ def save_result(model: Any, folder: Path, config: Config, state: dict[str, torch
     whole or not at all. ``state``: the weights of a sharded model, from ``result_state``.
     """
     staging = folder / ".result.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    if hasattr(model, "peft_config"):
-        save_adapter_files(model, staging, state_dict=state)
-    else:
-        save_model(model, staging, torch.bfloat16 if config.bf16 else None, state)
-    for path in staging.iterdir():
-        path.replace(folder / path.name)
-    staging.rmdir()
+    with _writing("output_dir"):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        if hasattr(model, "peft_config"):
+            save_adapter_files(model, staging, state_dict=state)
+        else:
+            save_model(model, staging, torch.bfloat16 if config.bf16 else None, state)
+        for path in staging.iterdir():
+            path.replace(folder / path.name)
+        staging.rmdir()
 
 
 def save_model(

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fuselora.engine import checkpoint, loop_faults
 from fuselora.engine.errors import UserError
 from fuselora.engine.fused_adamw import FusedAdamW
 from fuselora.engine.loop_callbacks import Callback
+from fuselora.engine.output import check_output_dir, open_output_dir, save_result
 from fuselora.engine.patch import patch_model
 
 BAD_STEP = 5
@@ -224,6 +226,30 @@ def test_a_folder_without_the_right_to_write(make_trainer, monkeypatch):
     trainer.training_step()
     with pytest.raises(UserError, match=r"right to write.*Permission denied"):
         trainer.save()
+
+
+def test_a_folder_without_the_right_to_write_is_refused_at_once(make_config, monkeypatch, tmp_path):
+    """By the nearest folder that is there, before anything is loaded."""
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append(path))
+    with pytest.raises(UserError, match="output_dir: expected the right to write, got none in"):
+        check_output_dir(make_config(output_dir=str(tmp_path / "not" / "there")))
+    assert asked == [tmp_path]
+
+
+@pytest.mark.parametrize("method", ["write_text", "open", "mkdir"])
+def test_no_room_outside_checkpoints_is_one_sentence(make_trainer, monkeypatch, method):
+    """The configuration, the log, the result."""
+    trainer = make_trainer(max_steps=2, save_strategy="no")
+    write = {
+        "write_text": lambda: open_output_dir(trainer.config),
+        "open": trainer.fit,
+        "mkdir": lambda: save_result(trainer.model, trainer.output_dir, trainer.config),
+    }
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, method, lambda *args, **keys: (_ for _ in ()).throw(full))
+    with pytest.raises(UserError, match="expected room and the right to write, got .*No space left"):
+        write[method]()
 
 
 def test_signal_is_read_by_the_wake_up_thread_only_with_peers():

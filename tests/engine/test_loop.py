@@ -9,7 +9,7 @@ import torch
 from fuselora.engine import checkpoint
 from fuselora.engine.errors import UserError
 from fuselora.engine.neftune import token_lengths
-from fuselora.engine.output import check_output_dir, open_output_dir
+from fuselora.engine.output import check_output_dir, open_output_dir, opened_output_dir
 
 
 def losses(trainer, key="loss"):
@@ -94,6 +94,13 @@ def test_best_and_patience_are_resumed(make_trainer):
     scripted(again, [1.5, 1.9, 3.0])
     again.fit()
     assert again.step == 8
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best(make_trainer):
+    trainer = make_trainer(**BEST, max_steps=6, load_best_model_at_end=True)
+    scripted(trainer, [math.nan, 2.0, 3.0])
+    trainer.fit()
+    assert (trainer.best.step, trainer.best.value) == (4, 2.0)
 
 
 def test_a_metric_that_is_not_there(make_trainer):
@@ -220,6 +227,20 @@ def test_a_folder_in_use(make_config, make_trainer):
     assert checkpoint.has_checkpoints(trainer.output_dir)
     open_output_dir(make_config(overwrite_output_dir=True))
     assert not checkpoint.has_checkpoints(trainer.output_dir)
+
+
+def test_a_folder_is_one_runs_at_a_time(make_trainer, make_config):
+    trainer = make_trainer(max_steps=2, save_steps=2)
+    trainer.fit()
+    again = make_config(overwrite_output_dir=True)
+    with opened_output_dir(trainer.config, resumed=True):
+        with pytest.raises(UserError, match="output_dir: expected a folder for this run alone, got another one"):
+            with opened_output_dir(again, resumed=False):
+                pass
+        assert checkpoint.has_checkpoints(trainer.output_dir)
+    with opened_output_dir(again, resumed=False):
+        assert not checkpoint.has_checkpoints(trainer.output_dir)
+    assert not list(trainer.output_dir.glob(".*"))
 
 
 def test_a_writer_killed_between_its_renames_loses_nothing(make_trainer):
