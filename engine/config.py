@@ -48,7 +48,8 @@ class Config(EvalKeys, TrainKeys, OutputKeys, DataKeys, MethodKeys, ModelKeys):
     def required(self) -> dict[str, str]:
         """The keys that must be given, and what each is."""
         needed = {"model_name_or_path": "a hub id, a folder or `quickstart`", "output_dir": "a folder"}
-        return needed | ({"dataset": "a name in dataset_info.json or `quickstart`"} if self.do_train else {})
+        key = "dataset" if self.do_train or self.val_size > 0 else "eval_dataset"  # with do_train: false
+        return needed | {key: "a name in dataset_info.json or `quickstart`"}
 
     @property
     def alpha(self) -> int:

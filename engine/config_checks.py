@@ -58,11 +58,12 @@ def _check_ranges(config: Config) -> None:
         ["adam_beta1", "adam_beta2", "lora_dropout", "warmup_ratio", "label_smoothing_factor", "bad_row_limit"], (0, 1)
     )
     ranges |= dict.fromkeys(
-        "learning_rate num_train_epochs weight_decay max_grad_norm val_size warmup_steps seed data_seed "
+        "learning_rate num_train_epochs weight_decay max_grad_norm val_size warmup_steps "
         "neftune_noise_alpha dequant_cache_gb loraplus_lr_ratio loraplus_lr_embedding eval_delay".split(),
         (0, float("inf")),
     )
     ranges |= dict.fromkeys(["activation_budget_gb", "memory_budget_gb"], (0, float("inf")))
+    ranges |= dict.fromkeys(["seed", "data_seed"], (0, 2**63))  # PyTorch's generators take no more
     ranges |= {"cutoff_len": (2, float("inf")), "max_steps": (-1, float("inf")), "adam_epsilon": (0, 1)}
     for key, (low, high) in ranges.items():
         value = getattr(config, key)

@@ -60,6 +60,7 @@ def test_yaml_words_mean_what_they_say(tmp_path):
         ("lora_dropout=1.0", ["lora_dropout", "1.0"]),
         ("learning_rate=nan", ["learning_rate", "nan"]),
         ("val_size=1.5", ["val_size", "1.5"]),
+        ("seed=9223372036854775808", ["seed", "9223372036854775808"]),
         ("seed", ["key=value", "'seed'"]),
         ("lora_target=[", ["lora_target", "YAML"]),
     ],
@@ -125,6 +126,13 @@ def test_bad_yaml(tmp_path, text, words):
 def test_missing_file():
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         load_config(["nowhere.yaml"])
+
+
+def test_evaluation_alone_needs_something_to_evaluate():
+    with pytest.raises(UserError, match="^eval_dataset: expected .*, got nothing"):
+        Config(model_name_or_path="a", output_dir="out", do_train=False)
+    assert not Config(model_name_or_path="a", output_dir="out", do_train=False, eval_dataset="b").do_train
+    assert not config(do_train=False, val_size=0.1).do_train
 
 
 def test_written_configuration_reads_back(tmp_path):
