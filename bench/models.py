@@ -25,12 +25,13 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from fuselora.engine.kbit import linears_4bit
+from fuselora.engine.kbit import frozen_tensors, linears_4bit
 from fuselora.engine.patch import KINDS, patch_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TRAINED_B = 0.02  # a few hundred AdamW steps of 1e-4, each at most the rate, from zero
-QUANTIZED = ("nf4", "fp4")
+QUANTIZED = ("nf4", "fp4", "int8")
+INT8_THRESHOLD = 6.0  # activations above it are multiplied in 16 bits; transformers' default
 SUFFIXES = ("bf16", "autocast", "compile", "compute32")
 
 
@@ -98,8 +99,8 @@ def build_base(
 ) -> nn.Module:
     """The model with random weights by its own initialisation, SDPA attention where it has it, on ``device``.
 
-    ``quantize`` "nf4" or "fp4" puts all linears but the head into bitsandbytes' 4 bits, double quantised; ``prepared``:
-    then PEFT's prepare_model_for_kbit_training, without its checkpointing.
+    ``quantize`` "nf4" or "fp4" puts all linears but the head into bitsandbytes' 4 bits, double quantised, "int8" into
+    LLM.int8; ``prepared``: then PEFT's prepare_model_for_kbit_training, without its checkpointing.
     """
     torch.manual_seed(seed)
     config = copy.deepcopy(config)
@@ -116,11 +117,24 @@ def quantize_linears(model: nn.Module, dtype: torch.dtype, kind: str) -> nn.Modu
     for name, linear in list(model.named_modules()):
         if type(linear) is not nn.Linear or name == "lm_head":
             continue
-        made = _linear_4bit(linear, dtype, kind)
+        made = _linear_8bit(linear) if kind == "int8" else _linear_4bit(linear, dtype, kind)
         made.bias = linear.bias
         model.set_submodule(name, made)
-    model.is_loaded_in_4bit = True  # PEFT reads it
+    setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)  # PEFT reads it
     return model
+
+
+def _linear_8bit(linear: nn.Linear) -> nn.Module:
+    import bitsandbytes as bnb
+
+    made = bnb.nn.Linear8bitLt(
+        *(linear.in_features, linear.out_features, linear.bias is not None),
+        **{"has_fp16_weights": False, "threshold": INT8_THRESHOLD, "device": "meta"},
+    )
+    weight = bnb.nn.Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
+    made.weight = weight.to(linear.weight.device)  # quantises, from the CPU alone
+    made.init_8bit_state()  # scales go to the layer now, so that every copy of it has them
+    return made
 
 
 def _linear_4bit(linear: nn.Linear, dtype: torch.dtype, kind: str) -> nn.Module:
@@ -139,7 +153,7 @@ def _linear_4bit(linear: nn.Linear, dtype: torch.dtype, kind: str) -> nn.Module:
 
 def share_copy(model: nn.Module) -> nn.Module:
     """A copy of the modules around the very same parameters."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    return copy.deepcopy(model, frozen_tensors(model) | {id(p): p for p in model.parameters()})
 
 
 def build_side(base: nn.Module, side: Side, lora: LoraShape, *, checkpointing: bool, seed: int) -> nn.Module:

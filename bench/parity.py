@@ -139,7 +139,7 @@ def gate(
     ours = curve(build(base, side, steady), side, batch, shape.steps)
     stock = curve(build(base, side.stock(), steady), side, batch, shape.steps)
     exact_side = replace(side.stock(), autocast=False)
-    dense = dequantize_linears(copy.deepcopy(base), dtype).to(exact)
+    dense = dequantize_linears(copy.deepcopy(base), dtype, exact).to(exact)
     truth = curve(build(dense, exact_side, steady).to(exact), exact_side, batch, shape.steps)
     scale = math.sqrt(sum(loss * loss for loss in truth) / len(truth))
     coarse = torch.bfloat16 if side.autocast else dtype

@@ -53,7 +53,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     shape.add_argument(
         "--adapter-dtype", choices=("auto", "same"), default="auto", help="same: as the base, on all sides"
     )
-    shape.add_argument("--quantize", choices=models.QUANTIZED, help="4-bit base, double quantised (needs bitsandbytes)")
+    shape.add_argument(
+        "--quantize", choices=models.QUANTIZED, help="4-bit base, double quantised, or LLM.int8 (needs bitsandbytes)"
+    )
     shape.add_argument("--prepared", action="store_true", help="all sides after PEFT's prepare_model_for_kbit_training")
     shape.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on all sides")
     shape.add_argument("--packed", action="store_true", help="rows of several documents, told by position_ids")

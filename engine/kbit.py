@@ -14,19 +14,28 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fuselora.engine.patch.quantized import is_4bit, read_4bit
+from fuselora.engine.patch.quantized import class_path, is_4bit, read_4bit
 from fuselora.engine.patch.swap import stock_class
 from fuselora.kernels.nf4 import Quantized4bit, dequantize_4bit
 
 HALF = (torch.bfloat16, torch.float16)
+LINEAR_8BIT = "bitsandbytes.nn.modules:Linear8bitLt"
+LARGEST_CODE = 127
 
 
 def linears_4bit(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The 4-bit linears of a model, those below PEFT's layers included."""
     for name, module in model.named_modules():
         if is_4bit(stock_class(module)):
+            yield name, module
+
+
+def linears_8bit(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The LLM.int8 linears of a model, those below PEFT's layers included."""
+    for name, module in model.named_modules():
+        if class_path(stock_class(module)) == LINEAR_8BIT:
             yield name, module
 
 
@@ -119,16 +128,51 @@ def misread_on_cpu(model: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Plain linears in the place of 4-bit ones, bias and name as before; in place, one layer at a time."""
-    for name, module in list(linears_4bit(model)):
-        projection = read_4bit(module)
-        if isinstance(projection, str):
-            raise ValueError(f"{name}: expected a 4-bit weight that can be read, but {projection}")
-        dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta", dtype=dtype)
-        assert isinstance(projection.weight, Quantized4bit)
-        dense.weight = nn.Parameter(dequantize_4bit(projection.weight, dtype), requires_grad=False)
+def dequantize_linears(model: nn.Module, dtype: torch.dtype, int8_dtype: torch.dtype | None = None) -> nn.Module:
+    """Plain linears in the place of 4-bit and 8-bit ones, bias and name as before; in place, one layer at a time.
+
+    ``int8_dtype``, if given, is the dtype of those that were 8-bit: a 4-bit weight is by definition rounded to the
+    dtype its layer computes in, while LLM.int8 multiplies by codes and scales, whose product fp64 holds exactly.
+    """
+    for name, module in [*linears_4bit(model), *linears_8bit(model)]:
+        weight = _dense_weight(name, module, dtype, int8_dtype or dtype)
+        dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight, requires_grad=False)
         if module.bias is not None:
-            dense.bias = nn.Parameter(module.bias.data.to(dtype), requires_grad=False)
+            dense.bias = nn.Parameter(module.bias.data.to(weight.dtype), requires_grad=False)
         model.set_submodule(name, dense.train(module.training))
     return model
+
+
+def _dense_weight(name: str, module: Any, dtype: torch.dtype, int8_dtype: torch.dtype) -> Tensor:
+    if not is_4bit(stock_class(module)):
+        return dequantize_8bit(name, module, int8_dtype)
+    projection = read_4bit(module)
+    if isinstance(projection, str):
+        raise ValueError(f"{name}: expected a 4-bit weight that can be read, but {projection}")
+    assert isinstance(projection.weight, Quantized4bit)
+    return dequantize_4bit(projection.weight, dtype)
+
+
+def dequantize_8bit(name: str, module: Any, dtype: torch.dtype) -> Tensor:
+    """[N, K]: the int8 codes times their row's largest magnitude / 127, rounded once to ``dtype``.
+
+    bitsandbytes keeps the magnitudes (SCB) beside the weight, and from the first call on in the layer's state.
+    """
+    scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+    if module.weight.dtype != torch.int8 or scales is None:
+        raise ValueError(
+            f"{name}: expected int8 codes with their scales, got {module.weight.dtype}; load the model with "
+            "load_in_8bit=True, or move the layer to its device first"
+        )
+    return (module.weight.data.double() * scales.double()[:, None] / LARGEST_CODE).to(dtype)
+
+
+def frozen_tensors(model: nn.Module) -> dict[int, Tensor]:
+    """The memo with which ``copy.deepcopy`` shares what is frozen: parameters, and the codes and scales that LLM.int8
+    linears hold beside them. Were those copied, the first call of the copy would put its codes into the weight, and
+    the original would hold two sets."""
+    shared: list[Tensor] = [p for p in model.parameters() if not p.requires_grad]
+    for _, module in linears_8bit(model):
+        shared += [tensor for tensor in (module.state.CB, module.state.SCB) if tensor is not None]
+    return {id(tensor): tensor for tensor in shared}

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fuselora.engine.kbit import dequantize_linears, linears_4bit
+from fuselora.engine.kbit import dequantize_linears, frozen_tensors, linears_4bit, linears_8bit
 from fuselora.engine.patch import unpatch_model
 from fuselora.kernels.numerics import K_ELEMENTWISE, K_REDUCTION, Error, compare, rounding
 
@@ -237,15 +237,19 @@ def _check_model(model: nn.Module) -> torch.device:
     devices = {p.device for p in parameters}
     if len(devices) != 1 or parameters[0].is_meta:
         raise ValueError(f"verify: model: expected all parameters on one device, got {devices}; load it on one device")
-    readable = {id(linear.weight) for _, linear in linears_4bit(model)}
+    readable = _quantized_weights(model)
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() and id(parameter) not in readable:
             raise ValueError(
-                f"verify: {name}: expected floating-point or 4-bit weights, got {parameter.dtype}; others have no "
-                "fp64 copy, so verify the same model loaded unquantised"
+                f"verify: {name}: expected floating-point weights or bitsandbytes' 4 or 8 bits, got {parameter.dtype}; "
+                "others have no fp64 copy, so verify the same model loaded unquantised"
             )
     _check_memory(parameters, parameters[0].device)
     return parameters[0].device
+
+
+def _quantized_weights(model: nn.Module) -> set[int]:
+    return {id(linear.weight) for _, linear in (*linears_4bit(model), *linears_8bit(model))}
 
 
 def _check_memory(parameters: list[nn.Parameter], device: torch.device) -> None:
@@ -285,8 +289,8 @@ def _random_batch(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
 
 
 def _compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
-    """The coarsest dtype the model computes in; what 4-bit weights are stored as says nothing of it."""
-    stored = {id(linear.weight) for _, linear in linears_4bit(model)}
+    """The coarsest dtype the model computes in; what quantised weights are stored as says nothing of it."""
+    stored = _quantized_weights(model)
     dtypes = {p.dtype for p in model.parameters() if id(p) not in stored}
     if torch.is_autocast_enabled(device.type):
         dtypes.add(torch.get_autocast_dtype(device.type))
@@ -314,18 +318,18 @@ def _dropout_rate(module: nn.Module) -> float:
 
 def _sharing_copy(model: nn.Module) -> nn.Module:
     """A copy with its own trainable parameters around the same frozen ones."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+    return copy.deepcopy(model, frozen_tensors(model))
 
 
 def _fp64_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """An unpatched copy with every parameter in fp64, 4-bit weights as they are in the compute dtype. Buffers stay: a
-    rotary table is an input of the computation, not a result.
+    """An unpatched copy with every parameter in fp64, 4-bit weights as they are in the compute dtype, 8-bit ones exact.
+    Buffers stay: a rotary table is an input of the computation, not a result.
 
     Activation checkpointing is off: it changes no value, and on CUDA it recomputes in threads that ``_KeepFloat64``
     does not reach.
     """
-    shared = unpatch_model(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
-    dense = dequantize_linears(shared, dtype)
+    everything = frozen_tensors(model) | {id(p): p for p in model.parameters()}
+    dense = dequantize_linears(unpatch_model(copy.deepcopy(model, everything)), dtype, torch.float64)
     doubled = {id(p): nn.Parameter(p.detach().double(), requires_grad=p.requires_grad) for p in dense.parameters()}
     exact = copy.deepcopy(dense, doubled)
     for module in exact.modules():

@@ -48,6 +48,20 @@ def test_tiny_preset_end_to_end(bench, tmp_path, capsys):
     assert "fuselora against peft:" in capsys.readouterr().out
 
 
+def test_int8_bases_pass_the_gate_and_share_their_codes(bench, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    path = tmp_path / "out.json"
+    assert bench["train_step"].main([*QUICK, "--quantize", "int8", "--no-memory", "--json", str(path)]) == 0
+    (run,) = json.loads(path.read_text())["runs"]
+    assert run["model"]["quantize"] == "int8" and run["parity"][0]["ok"] and run["parity"][0]["gradients"] == 28
+    assert run["patched"]["lora_linear"] == {"fused": 14}
+    config, _, _ = bench["presets"].load_config("tiny", None)
+    base = bench["models"].build_base(config, torch.bfloat16, torch.device("cpu"), 0, "int8")
+    copies = [bench["models"].share_copy(base).model.layers[0].mlp.up_proj for _ in range(2)]
+    assert copies[0].weight.dtype is torch.int8
+    assert len({layer.state.CB.data_ptr() for layer in copies} | {copies[0].weight.data_ptr()}) == 1
+
+
 def test_memory_of_a_side_in_its_own_process(bench):
     used = bench["memory"].measure(["--preset", "tiny", "--seq", "128", "--device", "cpu"], "fuselora")
     assert used["peak"] - used["model"] == used["above"] > 0
