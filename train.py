@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import fuselora.engine.quiet  # noqa: F401 - first, for what is said during imports
 from fuselora.engine import distributed, metrics, output
 from fuselora.engine.checkpoint_weights import result_state
 from fuselora.engine.config import Config, read_config
@@ -21,9 +22,10 @@ from fuselora.engine.data import check_sources, first_example, load_data
 from fuselora.engine.errors import UserError, run_command
 from fuselora.engine.memory_run import announce, apply_checkpointing
 from fuselora.engine.methods import trainable_summary
-from fuselora.engine.model import build_model, check_vocabulary, load_tokenizer, quiet_libraries, resolve_base
+from fuselora.engine.model import build_model, check_vocabulary, load_tokenizer, resolve_base
 from fuselora.engine.monitors import Reporting, monitors_of
 from fuselora.engine.patch import patch_model, patch_report
+from fuselora.engine.quiet import quiet_libraries
 from fuselora.engine.trainer import Trainer
 
 

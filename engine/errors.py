@@ -36,5 +36,5 @@ def run_command(command: Callable[[], int]) -> int:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted before training began: nothing was saved", file=sys.stderr)
+        print("interrupted; what was written before is complete", file=sys.stderr)
         return EXIT_SIGINT

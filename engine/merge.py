@@ -18,6 +18,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from fuselora.engine import quickstart
 from fuselora.engine.adapters import check_base, load_adapter
 from fuselora.engine.errors import UserError, expected, first_line
 from fuselora.engine.fingerprint import base_fingerprint
@@ -106,7 +107,8 @@ def merge_folder(
     """``merge_4bit`` from files to a folder that ``from_pretrained`` loads, tokenizer included.
 
     Args:
-        model_name_or_path: the base that the adapter was trained on, dense or in bitsandbytes' 4-bit files.
+        model_name_or_path: the base that the adapter was trained on, dense or in bitsandbytes' 4-bit files, or
+            `quickstart`.
         adapter_name_or_path: the adapter.
         export_dir: where to write; must be empty or not there. It appears whole or not at all.
         requantize: write 4-bit files, which bitsandbytes and ``load_4bit`` read, instead of dense ones.
@@ -126,6 +128,8 @@ def merge_folder(
     if infer_dtype not in DTYPES:
         raise expected("infer_dtype", f"one of {', '.join(DTYPES)}", repr(infer_dtype), "choose one of those")
     dtype = DTYPES[infer_dtype]
+    if model_name_or_path == quickstart.NAME:
+        model_name_or_path = str(quickstart.base_model())
     try:
         base = load_4bit(
             model_name_or_path, quant_type=quantization_type, double=double_quantization, dtype=dtype, progress=False

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +29,6 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
-
-
-def quiet_libraries() -> None:
-    """Turn off progress bars and notes of the libraries below; for a program's main, not for libraries."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it writes a line for every call of an 8-bit layer
-    warnings.simplefilter("ignore", FutureWarning)
 
 
 def pick_device(config: Config) -> torch.device:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fuselora.engine.errors import UserError, expected, run_command
+from fuselora.engine.quiet import quiet_libraries
 
 
 def _train(arguments: list[str]) -> int:
@@ -41,6 +42,7 @@ def _verify(arguments: list[str]) -> int:
     from fuselora.engine.patch import patch_model
     from fuselora.engine.verify import verify
 
+    quiet_libraries()
     config = load_config(arguments)
     base = resolve_base(config)
     tokenizer = load_tokenizer(base, config)
@@ -66,7 +68,6 @@ def _export(arguments: list[str]) -> int:
     from fuselora.engine.config_docs import command_help
     from fuselora.engine.config_export import ExportConfig
     from fuselora.engine.export import export
-    from fuselora.engine.model import quiet_libraries
 
     if arguments[:1] in (["-h"], ["--help"]):
         print(command_help(ExportConfig))
@@ -83,6 +84,7 @@ def _export(arguments: list[str]) -> int:
 def _estimate(arguments: list[str]) -> int:
     from fuselora.engine.memory_run import estimate
 
+    quiet_libraries()
     print(estimate(arguments))
     return 0
 
@@ -92,7 +94,6 @@ def _chat(arguments: list[str]) -> int:
     from fuselora.engine.config import read_config
     from fuselora.engine.config_docs import command_help
     from fuselora.engine.config_export import ChatConfig
-    from fuselora.engine.model import quiet_libraries
 
     if arguments[:1] in (["-h"], ["--help"]):
         print(command_help(ChatConfig))
@@ -124,6 +125,7 @@ def _merge(arguments: list[str]) -> int:
 
     from fuselora.engine.merge import merge_folder
 
+    quiet_libraries()
     known = inspect.signature(merge_folder).parameters
     values: dict[str, Any] = {}
     for argument in arguments:

@@ -200,7 +200,7 @@ def test_interrupted_process_can_be_resumed(arguments, tmp_path, number):
             break
     rest, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, errors
-    assert "resume_from_checkpoint=" in rest and "Traceback" not in errors
+    assert "resume_from_checkpoint=" in rest and errors == ""  # libraries don't talk either
     (saved,) = (tmp_path / "out").glob("checkpoint-*")
     step = int(saved.name.removeprefix("checkpoint-"))
     assert 6 <= step < 400
@@ -212,7 +212,7 @@ def test_interrupted_process_can_be_resumed(arguments, tmp_path, number):
 def test_unfinished_command_reports_an_interrupt(monkeypatch, capsys):
     monkeypatch.setattr(train, "train", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["train", "model_name_or_path=a", "dataset=b", "output_dir=c"]) == 130
-    assert "nothing was saved" in capsys.readouterr().err
+    assert capsys.readouterr().err == "interrupted; what was written before is complete\n"
 
 
 def test_bench_outside_a_clone(monkeypatch, capsys, tmp_path):

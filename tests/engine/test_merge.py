@@ -12,6 +12,7 @@ from torch import nn
 
 import fuselora
 from fuselora import cli
+from fuselora.engine import quickstart
 from fuselora.engine.kbit import linears_4bit
 from fuselora.engine.patch.quantized import read_4bit
 from fuselora.engine.quantized_linear import Linear4bit
@@ -157,6 +158,13 @@ def test_command_line_requantises_to_files_that_both_libraries_read(saved):
     for name, layer in a.items():
         q, other = read_4bit(layer).weight, read_4bit(b[name]).weight
         assert q.absmax2 is None and torch.equal(q.data, other.data) and torch.equal(q.absmax, other.absmax)
+
+
+def test_command_line_knows_the_quickstart_base(saved, monkeypatch):
+    _, (base, *rest), out = saved
+    monkeypatch.setattr(quickstart, "base_model", lambda: base.partition("=")[2])
+    assert cli.main(["merge", "model_name_or_path=quickstart", *rest]) == 0
+    assert (out / "config.json").is_file()
 
 
 def test_command_line_takes_the_tokenizer_of_the_adapter(saved, tokenizer):
