@@ -32,6 +32,7 @@ from torch.nn import functional
 from . import checks, native
 from .attention_ranges import bounds, dense_mask, ranges_from_cu_seqlens
 from .attention_samples import function_samples, op_samples, workloads
+from .first_order import first_order
 from .registry import Cost, Sample, define, function, implement
 from .rms_norm import accumulator
 
@@ -291,6 +292,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, dout):
         grads = torch.ops.fuselora.attention_bwd(dout, *ctx.saved_tensors, *ctx.terms)
         return *grads, None, None, None, None, None

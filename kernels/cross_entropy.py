@@ -29,6 +29,7 @@ from torch import Tensor
 
 from . import checks
 from .cross_entropy_rows import SHAPES, TERMS, Terms, random_labels
+from .first_order import first_order
 from .registry import Sample, function
 from .rms_norm import accumulator
 
@@ -44,6 +45,7 @@ class _CrossEntropyRows(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @first_order
     def backward(ctx, dloss):
         return torch.ops.fuselora.cross_entropy_rows_bwd(dloss, *ctx.saved_tensors, *ctx.terms), None, None
 

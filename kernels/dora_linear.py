@@ -35,6 +35,7 @@ from torch import Tensor
 from . import checks
 from .dora import DORA_NORM
 from .dropout import dropout_mask
+from .first_order import first_order
 from .lora import (
     LoRA,
     Projection,
@@ -74,6 +75,7 @@ class _DoRALinear(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         x2, s, u, norm, weight, bias, a, b, seed, magnitude = ctx.saved_tensors
         scaling, p, split, quantized = ctx.flags

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .first_order import first_order
 from .gpu.launch import lazy, refusal
 from .registry import Cost, Sample, define, function, implement
 
@@ -112,6 +113,7 @@ class _Dropout(torch.autograd.Function):
         return torch.ops.fuselora.dropout(x, seed, p)
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         return torch.ops.fuselora.dropout(dy, *ctx.saved_tensors, ctx.p), None, None
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import checks, native
 from .blocks import load, multiply, scratch_blocks
+from .first_order import first_order
 from .gpu.launch import lazy, refusal
 from .registry import Cost, Sample, define, function, implement
 
@@ -270,6 +271,7 @@ class _GLU(torch.autograd.Function):
         return torch.ops.fuselora.glu(gate, up, act)
 
     @staticmethod
+    @first_order
     def backward(ctx, dh):
         dgate, dup, _ = torch.ops.fuselora.glu_bwd(dh, *ctx.saved_tensors, ctx.act, False)
         return dgate, dup, None
@@ -283,6 +285,7 @@ class _GLUPacked(torch.autograd.Function):
         return torch.ops.fuselora.glu(*gate_up.chunk(2, -1), act)
 
     @staticmethod
+    @first_order
     def backward(ctx, dh):
         return torch.ops.fuselora.glu_packed_bwd(dh, *ctx.saved_tensors, ctx.act, False)[0], None
 

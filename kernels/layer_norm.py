@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
+from .first_order import first_order
 from .gpu.launch import lazy, refusal, sm_count
 from .gpu.norm_plan import partial_bytes
 from .registry import Cost, Sample, define, function, implement
@@ -166,6 +167,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
         need_dw, need_db = ctx.needs_input_grad[1:3]

@@ -38,6 +38,7 @@ from .cross_entropy import (
     token_count,
 )
 from .cross_entropy_rows import TERMS, Terms, random_labels
+from .first_order import first_order
 from .lora import compute_dtype, no_autocast
 from .registry import Sample, function
 from .rms_norm import accumulator
@@ -56,6 +57,7 @@ class _Reduced(torch.autograd.Function):
         return mean_loss(loss, divisor)
 
     @staticmethod
+    @first_order
     def backward(ctx, dloss):
         *grads, divisor = ctx.saved_tensors
         factor = dloss / divisor
@@ -78,6 +80,7 @@ class _Rows(torch.autograd.Function):
         return loss, entropy
 
     @staticmethod
+    @first_order
     def backward(ctx, dloss, dentropy):
         hidden, weight, bias, labels, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import checks
 from .dropout import draw_seed, dropout_mask
+from .first_order import first_order
 from .lora import (
     LoRA,
     Projection,
@@ -107,6 +108,7 @@ class _LoRALinears(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @first_order
     def backward(ctx, *dys):
         source, norm_weight, s, *rest = ctx.saved_tensors
         weights, tensors = rest[: ctx.kept], rest[ctx.kept :]
@@ -136,6 +138,7 @@ class _LoRADelta(torch.autograd.Function):
         return unrows(out, y)
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         x2, s, routes, *tensors = ctx.saved_tensors
         (projection,), (need,) = unflatten(tensors, ctx.static), unflatten(ctx.needs_input_grad[4:], ctx.static)

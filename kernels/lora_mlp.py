@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import checks, glu
+from .first_order import first_order
 from .lora import Projection, compute_dtype, forward_weights, kept_weights, no_autocast
 from .lora_linear import (
     check_projection,
@@ -63,6 +64,7 @@ class _LoRAMLP(torch.autograd.Function):
         return result
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         n = len(ctx.static) - 1
         source, norm_weight, s, s_down, *rest = ctx.saved_tensors
@@ -89,6 +91,7 @@ class _RecomputedMLP(torch.autograd.Function):
         return _placeholder(x, projections[-1], dtype)
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         source, norm_weight, *tensors = ctx.saved_tensors
         projections, needs = unflatten(tensors, ctx.static), unflatten(ctx.needs_input_grad[6:], ctx.static)

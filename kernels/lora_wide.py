@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .first_order import first_order
 from .lora import (
     LoRA,
     Projection,
@@ -90,6 +91,7 @@ class _LoRALinearsWide(torch.autograd.Function):
         return outs
 
     @staticmethod
+    @first_order
     def backward(ctx, *dys):
         x2, s, *rest = ctx.saved_tensors
         weights, tensors = rest[: ctx.kept], rest[ctx.kept :]

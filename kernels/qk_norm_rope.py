@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from . import checks, native
+from .first_order import first_order
 from .gpu.launch import lazy
 from .registry import Cost, Sample, define, function, implement
 from .rms_norm import MODES, RMS_NORM, RMS_NORM_BWD, accumulator, eager_rms_norm, out_dtype
@@ -241,6 +242,7 @@ class _QKNormRope(torch.autograd.Function):
         return y_q, y_k
 
     @staticmethod
+    @first_order
     def backward(ctx, dy_q, dy_k):
         need_q, need_k = ctx.needs_input_grad[2:4]
         gradients = torch.ops.fuselora.qk_norm_rope_bwd(dy_q, dy_k, *ctx.saved_tensors, *ctx.options, need_q or need_k)

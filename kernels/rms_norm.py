@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from . import checks, native
+from .first_order import first_order
 from .gpu.launch import lazy, refusal, sm_count
 from .gpu.norm_plan import partial_bytes
 from .registry import Cost, Sample, define, function, implement
@@ -254,6 +255,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
         need_dw = ctx.needs_input_grad[1]
@@ -270,6 +272,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return y, h
 
     @staticmethod
+    @first_order
     def backward(ctx, dy, dh):
         h, weight, rstd = ctx.saved_tensors
         need_dw = ctx.needs_input_grad[2]

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from . import checks, native
 from .blocks import row_blocks
+from .first_order import first_order
 from .gpu.launch import lazy, refusal
 from .registry import Cost, Sample, define, function, implement
 from .rms_norm import accumulator
@@ -220,6 +221,7 @@ class _Rope(torch.autograd.Function):
         return torch.ops.fuselora.rope(q, k, cos, sin, interleaved, False)
 
     @staticmethod
+    @first_order
     def backward(ctx, dq, dk):
         dq, dk = torch.ops.fuselora.rope(dq, dk, *ctx.saved_tensors, ctx.interleaved, True)
         return dq, dk, None, None, None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from fuselora.kernels.first_order import first_order
 from fuselora.kernels.lora import compute_dtype
 
 RECORDED = (  # operations with one tensor and scalars: recorded, not run
@@ -63,6 +64,7 @@ class _Promise(torch.autograd.Function):
         return Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=recipe.out_dtype(), device=hidden.device)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:3]
         inputs = [
