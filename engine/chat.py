@@ -15,7 +15,7 @@ import torch
 
 from fuselora.engine.answer_spans import Renderer, answer_tokens
 from fuselora.engine.config import Config
-from fuselora.engine.data_formats import Conversation, Dialogue, Document, Feedback, Preference, Sample, Tools
+from fuselora.engine.data_formats import Conversation, Document, Feedback, Preference, Sample, Tools
 from fuselora.engine.errors import expected
 
 if TYPE_CHECKING:
@@ -136,19 +136,6 @@ def sequences(example: AnyExample) -> tuple[Example, ...]:
 def is_trained(example: AnyExample) -> bool:
     """Whether every sequence has a trained token within ``cutoff_len``."""
     return all(any(label != IGNORE for label in each.labels[1:]) for each in sequences(example))
-
-
-def encode_all(
-    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, config: Config
-) -> list[Example]:
-    """Examples in order; those whose answers lie wholly beyond ``cutoff_len`` are left out."""
-    check_template(tokenizer)
-    encoding = Encoding.of(config)
-    examples = [example for c in conversations for example in encode_sample(Dialogue(c), tokenizer, encoding)]
-    kept = [example for example in examples if isinstance(example, Example) and example.trained]
-    if examples and not kept:
-        raise expected("cutoff_len", "one that leaves trained tokens", config.cutoff_len, "raise it")
-    return kept
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:

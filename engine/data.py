@@ -25,7 +25,7 @@ from tqdm import tqdm
 from fuselora.engine.chat import IGNORE, AnyExample, Encoding, check_template, is_trained, sequences
 from fuselora.engine.config import Config
 from fuselora.engine.data_encode import Encoded, encode_samples
-from fuselora.engine.data_formats import Conversation, Dialogue, Document, conversation
+from fuselora.engine.data_formats import Conversation, Document, conversation
 from fuselora.engine.data_mix import mixed, resampled
 from fuselora.engine.data_rows import BadRow
 from fuselora.engine.data_source import Source, default_root
@@ -98,26 +98,6 @@ def first_example(train: Sequence[Any] | Stream, tokenizer: PreTrainedTokenizerB
 
 def _shortened(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
-
-
-def load_splits(config: Config) -> tuple[list[Conversation], list[Conversation]]:
-    """(training, held-out) conversations in memory, not tokenised, of the sets one after the other."""
-    train, held_out = (
-        [messages for source in _sources(config, held_out=side) for messages in _conversations(source, config)]
-        for side in (False, True)
-    )
-    if config.val_size > 0:
-        kept, taken = split(len(train), config)
-        train, held_out = [train[i] for i in kept], [train[i] for i in taken]
-    return train, held_out
-
-
-def _conversations(source: Source, config: Config) -> Iterator[Conversation]:
-    for _, sample in itertools.islice(source.samples("sft", config.default_system), config.max_samples):
-        if isinstance(sample, BadRow):
-            raise sample
-        assert isinstance(sample, Dialogue)
-        yield sample.messages
 
 
 def _sources(config: Config, *, held_out: bool) -> list[Source]:

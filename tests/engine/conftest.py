@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from fuselora.engine import quickstart
-from fuselora.engine.chat import encode_all
 from fuselora.engine.config import Config
-from fuselora.engine.data import load_splits
+from fuselora.engine.data import load_data
 from fuselora.engine.model import build_model
 from fuselora.engine.output import open_output_dir
 from fuselora.engine.trainer import Trainer
@@ -87,9 +86,11 @@ def make_trainer(make_config, tiny_base, tokenizer):
 
     def make(**keys):
         config = make_config(**keys)
-        train, held_out = (encode_all(rows, tokenizer, config) for rows in load_splits(config))
+        data = load_data(config, tokenizer)
         open_output_dir(config)
-        return Trainer(build_model(str(tiny_base), config), train, held_out, config, pad_id=tokenizer.pad_token_id)
+        return Trainer(
+            build_model(str(tiny_base), config), data.train, data.held_out, config, pad_id=tokenizer.pad_token_id
+        )
 
     return make
 

@@ -206,15 +206,16 @@ def test_template_that_refuses_a_role(tokenizer):
         chat.encode(MULTI, tokenizer, cutoff_len=100)
 
 
-def test_encode_all(tokenizer, make_config):
+def test_an_answer_beyond_the_cut_is_not_trained(tokenizer):
     long = [{"role": "user", "content": "Join " * 50}, {"role": "assistant", "content": "path"}]
-    kept = chat.encode_all([long, MULTI], tokenizer, make_config(cutoff_len=45))
-    assert len(kept) == 1
-    with pytest.raises(UserError, match="cutoff_len"):
-        chat.encode_all([long], tokenizer, make_config(cutoff_len=30))
+    trained = [chat.is_trained(chat.encode(m, tokenizer, cutoff_len=45)) for m in (long, MULTI)]
+    assert trained == [False, True]
+
+
+def test_a_tokenizer_without_a_template_is_refused(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="chat template"):
-        chat.encode_all([MULTI], tokenizer, make_config())
+        chat.check_template(tokenizer)
 
 
 def test_collate_pads_right():

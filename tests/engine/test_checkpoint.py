@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fuselora.engine import checkpoint, checkpoint_state
-from fuselora.engine.chat import encode_all
-from fuselora.engine.data import load_splits
+from fuselora.engine.data import load_data
 from fuselora.engine.errors import UserError
 from fuselora.engine.model import build_model
 from fuselora.engine.output import open_output_dir
@@ -24,7 +23,7 @@ KEYS = {"max_steps": 8, "lora_dropout": 0.1, "gradient_accumulation_steps": 2, "
 def start(make_config, tiny_base, tokenizer, tmp_path):
     def start(out, *, stop_after=None, **keys):
         config = make_config(output_dir=str(tmp_path / out), **KEYS | keys)
-        train = encode_all(load_splits(config)[0], tokenizer, config)
+        train = load_data(config, tokenizer).train
         open_output_dir(config)
         model = build_model(str(tiny_base), config)
         if config.fuse:

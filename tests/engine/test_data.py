@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuselora.engine.data import load_splits
+from fuselora.engine.data import load_data
 from fuselora.engine.data_formats import (
     Dialogue,
     Document,
@@ -259,15 +259,18 @@ def test_a_long_row_is_read_and_shortened_in_errors(make_set):
     assert len(str(caught.value)) < 500
 
 
-def test_val_size_splits_once_and_for_all(make_config):
-    everything = [c[0]["content"] for c in load_splits(make_config())[0]]
-    train, held_out = load_splits(make_config(val_size=0.25))
+def test_val_size_splits_once_and_for_all(make_config, tokenizer):
+    def loaded(**keys):
+        data = load_data(make_config(**keys), tokenizer)
+        return [tuple(e.input_ids) for e in data.train], [tuple(e.input_ids) for e in data.held_out]
+
+    train, held_out = loaded(val_size=0.25)
     assert len(held_out) == 6 and len(train) == 18
-    assert sorted(c[0]["content"] for c in train + held_out) == sorted(everything)
-    assert load_splits(make_config(val_size=6)) == (train, held_out)
-    assert load_splits(make_config(val_size=6, data_seed=1)) != (train, held_out)
+    assert sorted(train + held_out) == sorted(loaded()[0])
+    assert loaded(val_size=6) == (train, held_out)
+    assert loaded(val_size=6, data_seed=1) != (train, held_out)
     with pytest.raises(UserError, match="val_size"):
-        load_splits(make_config(val_size=24))
+        loaded(val_size=24)
 
 
 WORDS = st.sampled_from(

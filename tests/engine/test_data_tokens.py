@@ -34,7 +34,9 @@ def made(monkeypatch):
 def test_disk_holds_what_memory_has(make_config, tokenizer):
     config = make_config()
     loaded = data.load_data(config, tokenizer)
-    assert list(loaded.train) == chat.encode_all(data.load_splits(config)[0], tokenizer, config)
+    (source,) = data.check_sources(config)
+    samples = [sample.messages for _, sample in source.samples("sft", None)]
+    assert list(loaded.train) == [chat.encode(m, tokenizer, cutoff_len=config.cutoff_len) for m in samples]
     assert loaded.train.lengths.tolist() == [len(example.input_ids) for example in loaded.train]
     assert loaded.train[-1] == loaded.train[23] and loaded.train[2:4] == [loaded.train[2], loaded.train[3]]
     assert loaded.shown[-1]["role"] == "assistant" and "24 examples from 24 rows" in loaded.report

@@ -9,8 +9,7 @@ from tests.support.parity import assert_all_fused
 from tests.support.twins import SMALL, twins_of
 
 from fuselora.engine import longlora
-from fuselora.engine.chat import encode_all
-from fuselora.engine.data import load_splits
+from fuselora.engine.data import load_data
 from fuselora.engine.errors import UserError
 from fuselora.engine.model import build_model
 from fuselora.engine.output import open_output_dir
@@ -162,12 +161,12 @@ def test_a_run_with_norms_and_embeddings(make_config, tiny_base, tokenizer, pack
         val_size=4,
         logging_steps=1,
     )
-    train, held_out = (encode_all(rows, tokenizer, config) for rows in load_splits(config))
+    data = load_data(config, tokenizer)
     open_output_dir(config)
     model = patch_model(build_model(str(tiny_base), config))
     assert {row.status for row in patch_report(model).rows if row.kind == "attention"} == {"fused"}
     assert model.config._attn_implementation == "fuselora_shifted_16"
-    trainer = Trainer(model, train, held_out, config, pad_id=tokenizer.pad_token_id)
+    trainer = Trainer(model, data.train, data.held_out, config, pad_id=tokenizer.pad_token_id)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     assert any("embed_tokens" in name for name in before) and sum("norm" in name for name in before) == 5
     trainer.fit()

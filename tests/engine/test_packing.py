@@ -10,8 +10,8 @@ from tests.support.twins import SMALL
 
 import fuselora
 from fuselora.engine import packing
-from fuselora.engine.chat import IGNORE, Example, FeedbackExample, PreferenceExample, encode_all
-from fuselora.engine.data import load_splits
+from fuselora.engine.chat import IGNORE, Example, FeedbackExample, PreferenceExample
+from fuselora.engine.data import load_data
 from fuselora.engine.errors import UserError
 from fuselora.engine.model import build_model
 from fuselora.engine.output import open_output_dir
@@ -168,9 +168,11 @@ def test_both_answers_of_a_preference_share_a_row():
 def make_trainer(make_config, tiny_base, tokenizer):
     def make(**keys):
         config = make_config(**{"cutoff_len": 64, "overwrite_output_dir": True, **keys})
-        train, held_out = (encode_all(rows, tokenizer, config) for rows in load_splits(config))
+        data = load_data(config, tokenizer)
         open_output_dir(config)
-        return Trainer(build_model(str(tiny_base), config), train, held_out, config, pad_id=tokenizer.pad_token_id)
+        return Trainer(
+            build_model(str(tiny_base), config), data.train, data.held_out, config, pad_id=tokenizer.pad_token_id
+        )
 
     return make
 

@@ -9,8 +9,7 @@ from tests.support.bnb import import_bnb
 
 from fuselora import cli
 from fuselora.engine import checkpoint
-from fuselora.engine.chat import encode_all
-from fuselora.engine.data import load_splits
+from fuselora.engine.data import load_data
 from fuselora.engine.errors import UserError
 from fuselora.engine.kbit import linears_4bit
 from fuselora.engine.model import build_model
@@ -29,7 +28,7 @@ def start(make_config, tiny_base, tokenizer, tmp_path):
     def start(out="out", **keys):
         keys = {"quantization_bit": 4, "fuse": True, "max_steps": 4, "disable_gradient_checkpointing": False} | keys
         config = make_config(output_dir=str(tmp_path / out), **keys)
-        train = encode_all(load_splits(config)[0], tokenizer, config)
+        train = load_data(config, tokenizer).train
         model = build_model(str(tiny_base), config)
         if config.fuse:
             patch_model(model)

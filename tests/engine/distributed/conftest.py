@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from fuselora.engine import distributed
-from fuselora.engine.chat import encode_all
-from fuselora.engine.data import load_splits
+from fuselora.engine.data import load_data
 from fuselora.engine.errors import run_command
 from fuselora.engine.model import build_model
 from fuselora.engine.output import open_output_dir
@@ -70,14 +69,14 @@ def run(make_config, tiny_base, tokenizer, launch, tmp_path):
 
     def run(size, name="run", patch=False, stop=None, **keys):
         config = make_config(output_dir=str(tmp_path / name), logging_steps=1, **keys)
-        train, held_out = (encode_all(rows, tokenizer, config) for rows in load_splits(config))
+        data = load_data(config, tokenizer)
 
         def one(rank):
             world = distributed.start(config)
             model = build_model(str(tiny_base), config)
             if patch:
                 patch_model(model)
-            trainer = Trainer(model, train, held_out, config, pad_id=tokenizer.pad_token_id, world=world)
+            trainer = Trainer(model, data.train, data.held_out, config, pad_id=tokenizer.pad_token_id, world=world)
             trainer.total_steps = stop or trainer.total_steps  # the schedule stays that of all steps
             trainer.resume()
             if world.main:

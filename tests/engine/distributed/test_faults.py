@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fuselora.engine import checkpoint, distributed, loop_faults
-from fuselora.engine.chat import encode_all
-from fuselora.engine.data import load_splits
+from fuselora.engine.data import load_data
 from fuselora.engine.loop_callbacks import Callback
 from fuselora.engine.model import build_model
 from fuselora.engine.output import open_output_dir
@@ -33,7 +32,7 @@ def run(make_config, tiny_base, tokenizer, launch, tmp_path):
 
     def run(callback, *, damage=None, **keys):
         config = make_config(max_steps=8, logging_steps=1, save_steps=2, per_device_train_batch_size=2, **keys)
-        train = encode_all(load_splits(config)[0], tokenizer, config)
+        train = load_data(config, tokenizer).train
 
         def one(rank):
             world = distributed.start(config)
