@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterable
 
 from torch import nn
@@ -15,9 +17,11 @@ from fuselora.engine.patch.loss import FusedCausalLM, FusedHead
 from fuselora.engine.patch.report import PatchReport, Row, build_report, unswappable_reason
 from fuselora.engine.patch.rules import find
 from fuselora.engine.patch.swap import LOCK, Fused, is_fused, restore, swap
+from fuselora.kernels import native
 
 __all__ = ["KINDS", "PatchReport", "Row", "patch_model", "patch_report", "unpatch_model"]
 
+logger = logging.getLogger("fuselora")
 KINDS = ("attention", "mask", "mlp", "lora_linear", "norm", "layer", "loss")
 
 
@@ -54,6 +58,8 @@ def patch_model(
         raise ValueError(
             f"patch_model: disable: expected kinds from {expected}, got {', '.join(sorted(unknown))}; remove them"
         )
+    if any(p.device.type == "cpu" for p in model.parameters()):
+        _say_what_is_missing()
     with LOCK:
         new = [(module, mixin) for module, mixin in _plan(model) if mixin.fuse_kind not in disabled]
         for module, mixin in new:
@@ -69,6 +75,13 @@ def patch_model(
         if dequant_cache_gb is not None:
             set_budget(fused_linears(model), dequant_cache_gb)
     return model
+
+
+@functools.cache
+def _say_what_is_missing() -> None:
+    """Once per process: a package installed without a compiler runs, slowly."""
+    if (why := native.reason()) is not None:
+        logger.warning("ops on the CPU run their references, which is slow: %s", why)
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
