@@ -160,7 +160,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "enable_torch_profiler": (_OFF, "run train.py under torch.profiler"),
     "push_to_hub": (_OFF, "upload output_dir afterwards: hf upload NAME output_dir"),
     "debug": ((None, "", False, []), "remove it"),
-    "parallelism_config": (_OFF, "several processes do not exist here yet; remove it"),
+    "parallelism_config": (_OFF, "set fsdp: full_shard, or start torchrun alone for replicas; remove it"),
     "project": ((None, "huggingface"), "name the run by its output_dir"),
 }
 

@@ -65,10 +65,14 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
         return _streamed(config, tokenizer)
     train, account = _load(_sources(config, held_out=False), config, tokenizer)
     held_out, held_out_account = _load(_sources(config, held_out=True), config, tokenizer)
+    drawn = len(train)
     if config.val_size > 0:
         kept, taken = split(len(train), config)
         held_out, train = Selection([train], _of_one(taken)), Selection([train], _of_one(kept))
-    report = f"training: {account}" + (f"\n{len(held_out)} of them held out" if config.val_size > 0 else "")
+    report = f"training: {account}"
+    if drawn != account.examples:
+        report += f"\n{drawn} of them drawn by num_samples and mix_strategy"
+    report += f"\n{len(held_out)} of them held out" if config.val_size > 0 else ""
     if config.eval_dataset:
         report += f"\nheld out: {held_out_account}"
     both = held_out_account + account

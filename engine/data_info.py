@@ -92,6 +92,9 @@ def dataset_info(name: str, dataset_dir: str | Path) -> DatasetInfo:
     if not isinstance(entry, dict):
         raise expected(where, "an object", json.dumps(entry), "correct it")
     _check_options(entry, where)
+    if str(dataset_dir).startswith("REMOTE:") and not {"hf_hub_url", "ms_hub_url"} & entry.keys():
+        got = ", ".join(map(repr, entry)) or "nothing"  # a file of this machine is not for others to name
+        raise expected(where, "hf_hub_url or ms_hub_url in a remote index", got, "download the set and its index")
     formatting = entry.get("formatting", "alpaca")
     tags = OPENAI_TAGS if formatting == "openai" else SHAREGPT_TAGS
     defaults = DEFAULT_COLUMNS | ({"messages": "messages"} if formatting == "openai" else {})

@@ -59,6 +59,10 @@ class Stream:
     def __init__(
         self, sources: Sequence[Source], config: Config, tokenizer: PreTrainedTokenizerBase, *, skip: int = 0
     ) -> None:
+        for info in (source.info for source in sources):
+            if info.num_samples is not None:
+                want = "no num_samples with streaming"
+                raise expected(f"dataset {info.name}", want, info.num_samples, "drop it or set max_samples")
         self.sources, self.config, self.tokenizer, self.skip = sources, config, tokenizer, skip
         self.encoding = Encoding.of(config)
         self.position = Position()

@@ -145,7 +145,8 @@ class Units:
 
     @cached_property
     def lengths(self) -> list[int]:
-        lengths = [tokens_of(example) for example in self.examples]
+        known = getattr(self.examples, "lengths", None)  # a set on disk tells them without reading its tokens
+        lengths = [tokens_of(example) for example in self.examples] if known is None else known.tolist()
         if max(lengths, default=0) > self.config.cutoff_len:
             want = f"at least the {max(lengths)} tokens of the longest example, with packing"
             raise expected("cutoff_len", want, self.config.cutoff_len, "raise it")

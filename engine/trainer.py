@@ -94,6 +94,10 @@ class Trainer:
         folder = checkpoint.find_resume(
             self.output_dir, config.resume_from_checkpoint, overwrite=config.overwrite_output_dir
         )
+        found = {name.decode() for name in self.world.gather((folder.name if folder else "").encode())}
+        if len(found) > 1:
+            got = f"{max(found)} in one process and {min(found) or 'none'} in another"
+            raise expected("output_dir", "one that all processes see", got, "put it on a disk they share")
         if folder is None:
             return
         state = checkpoint.load_checkpoint(folder, self.model, self.optimizer, self._identity, self.world)

@@ -175,3 +175,13 @@ def test_any_bytes_are_rows_or_one_sentence(tmp_path, content, data):
         assert f"{path}" in str(error)
     else:
         assert all(isinstance(row, (dict, BadRow)) for row in rows)
+
+
+def test_a_remote_index_names_repositories_not_files_here(tmp_path, monkeypatch):
+    (tmp_path / "mine.json").write_text("[]")
+    entries = {"far": {"hf_hub_url": "some/set"}, "near": {"file_name": str(tmp_path / "mine.json")}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **keys: str(tmp_path / "dataset_info.json"))
+    assert dataset_info("far", "REMOTE:some/index").hub_id == "some/set"
+    with pytest.raises(UserError, match="near: expected hf_hub_url or ms_hub_url in a remote index, got 'file_name'"):
+        dataset_info("near", "REMOTE:some/index")

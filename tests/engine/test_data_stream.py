@@ -68,6 +68,13 @@ def test_every_row_once_per_epoch_in_another_order(make_stream, make_config, tok
     assert orders[0] != orders[1]
 
 
+def test_a_stream_takes_all_rows(make_stream, dataset_dir):
+    entry = {"rows": {"file_name": "rows.json", "num_samples": 5}}
+    (dataset_dir / "dataset_info.json").write_text(json.dumps(entry))
+    with pytest.raises(UserError, match="dataset rows: expected no num_samples with streaming, got 5"):
+        make_stream()
+
+
 def test_every_epoch_draws_anew(make_stream):
     keys = {"dataset": "rows,other", "mix_strategy": "interleave_once", "interleave_probs": "0.5,0.5"}
     stream = make_stream(**keys, buffer_size=1).train

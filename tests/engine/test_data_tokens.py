@@ -10,6 +10,7 @@ from fuselora.engine import chat, data, data_tokens
 from fuselora.engine.config import Config
 from fuselora.engine.data_mix import BLOCK, Draws, mixed, resampled
 from fuselora.engine.errors import UserError
+from fuselora.engine.packing import Units
 
 
 def examples(config, tokenizer):
@@ -258,3 +259,18 @@ def test_other_stages_keep_their_kind(make_config, tokenizer, dataset_dir, stage
         assert [example.desirable for example in got.train] == [True, False]
     else:
         assert got.train[0].labels == got.train[0].input_ids
+
+
+def test_lengths_of_a_set_are_known_without_reading_it(make_config, tokenizer, monkeypatch):
+    config = make_config(packing=True, cutoff_len=64)
+    train = data.load_data(config, tokenizer).train
+    want = [len(example.input_ids) for example in train]
+    monkeypatch.setattr(type(train), "__getitem__", None)
+    assert Units(train, config).lengths == want
+
+
+def test_the_report_counts_what_was_drawn(make_config, tokenizer, dataset_dir):
+    entry = {"rows": {"file_name": "rows.json", "num_samples": 50}}
+    (dataset_dir / "dataset_info.json").write_text(json.dumps(entry))
+    loaded = data.load_data(make_config(), tokenizer)
+    assert len(loaded.train) == 50 and "\n50 of them drawn" in loaded.report

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fuselora.engine import checkpoint
+from fuselora.engine.distributed import World
 from fuselora.engine.errors import UserError
 from fuselora.engine.neftune import token_lengths
 from fuselora.engine.output import check_output_dir, open_output_dir, opened_output_dir
@@ -241,6 +242,20 @@ def test_a_folder_is_one_runs_at_a_time(make_trainer, make_config):
     with opened_output_dir(again, resumed=False):
         assert not checkpoint.has_checkpoints(trainer.output_dir)
     assert not list(trainer.output_dir.glob(".*"))
+
+
+def test_all_processes_have_to_find_the_same_checkpoint(make_trainer):
+    """Else they would train different steps: an output_dir on each machine's own disk."""
+
+    class Two(World):
+        def gather(self, data):
+            return [data, b""]
+
+    make_trainer(max_steps=2, save_steps=2).fit()
+    again = make_trainer(max_steps=4)
+    again.world = Two()
+    with pytest.raises(UserError, match="output_dir: expected one that all processes see, got checkpoint-2 in one"):
+        again.resume()
 
 
 def test_a_writer_killed_between_its_renames_loses_nothing(make_trainer):
