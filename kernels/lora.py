@@ -78,16 +78,19 @@ def all_adapters(projections: Iterable[Projection]) -> tuple[list[LoRA], list[in
     return [lora for lora, _ in owned], [i for _, i in owned]
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on where x is; torch refuses the question for meta tensors."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What GEMMs on x run in: the autocast dtype if autocast is on, else x's dtype."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocasting(x) else x.dtype
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Switch autocast off: the code inside has cast everything already."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else contextlib.nullcontext()
 
 
 def _combined_bias(proj: Projection, dtype: torch.dtype) -> Tensor | None:

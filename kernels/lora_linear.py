@@ -19,6 +19,7 @@ from .lora import (
     Projection,
     adapters,
     add_delta,
+    autocasting,
     bias_grads,
     compute_dtype,
     forward_weights,
@@ -76,7 +77,7 @@ def prepare(projection: Projection, x: Tensor) -> Projection:
 def prepare_lora(lora: LoRA, x: Tensor, dtype: torch.dtype) -> LoRA:
     wider = torch.finfo(lora.a.dtype).bits > torch.finfo(dtype).bits
     seed = draw_seed() if lora.p > 0.0 and lora.seed is None else lora.seed
-    return lora._replace(seed=seed, split=wider and not torch.is_autocast_enabled(x.device.type))
+    return lora._replace(seed=seed, split=wider and not autocasting(x))
 
 
 def rows(x: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache
 
-from fuselora.engine.patch.attention import FusedAttention
+from fuselora.engine.patch.attention import FusedAttention, read_ranges
 from fuselora.engine.patch.state import bypass_reason
 from fuselora.engine.patch.swap import Fused, is_fused
 from fuselora.kernels.attention_ranges import ranges_from_cu_seqlens, ranges_from_documents, ranges_from_padding
@@ -77,7 +78,12 @@ class FusedBackbone(Fused):
     ) -> Tensor | None:
         """The mask as ranges [B, 1, S, 2], or None where stock's own is as good or the only one."""
         batch, length = x.shape[:2]
-        if torch.compiler.is_compiling() or length == 1 or x.device.type != "cpu" or options.get("output_attentions"):
+        given = [t for t in (x, mask, position_ids, options.get("cu_seq_lens_q")) if isinstance(t, Tensor)]
+        if torch.compiler.is_compiling() or any(isinstance(t, FakeTensor) for t in given):  # values can't be asked
+            return None
+        if length == 1 or x.device.type != "cpu" or options.get("output_attentions"):
+            return None
+        if options.get("is_causal", True) not in (True, None):  # of this call: stock takes it as config.is_causal
             return None
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (batch, length)):
             return None
@@ -120,6 +126,8 @@ class FusedBackbone(Fused):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        if read_ranges(attention_mask) is not None:
+            raise ValueError("attention_mask: expected bool or float in four dimensions, got int32; use mask.bool()")
         x = input_ids if inputs_embeds is None else inputs_embeds
         ranges = None
         if x is not None:

@@ -24,7 +24,7 @@ from fuselora.engine.patch.state import DoRA, input_reason, linear_dtype
 from fuselora.engine.patch.swap import note
 from fuselora.kernels.dora_linear import dora_linear
 from fuselora.kernels.glu import glu, glu_packed
-from fuselora.kernels.lora import LoRA, Projection, all_adapters
+from fuselora.kernels.lora import LoRA, Projection, all_adapters, autocasting
 from fuselora.kernels.lora_linear import lora_linear, lora_linears
 from fuselora.kernels.lora_mlp import lora_mlp, lora_mlp_packed
 from fuselora.kernels.lora_wide import lora_linears_wide
@@ -32,7 +32,7 @@ from fuselora.kernels.lora_wide import lora_linears_wide
 
 def _adapts_in(x: Tensor, base: torch.dtype, loras: Sequence[LoRA]) -> torch.dtype:
     """The dtype of the low-rank part: the base's, or x's."""
-    narrow = torch.is_autocast_enabled(x.device.type) or all(lora.a.dtype == base for lora in loras)
+    narrow = autocasting(x) or all(lora.a.dtype == base for lora in loras)
     return base if narrow else x.dtype
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fuselora.kernels.first_order import first_order
-from fuselora.kernels.lora import compute_dtype
+from fuselora.kernels.lora import autocasting, compute_dtype
 
 RECORDED = (  # operations with one tensor and scalars: recorded, not run
     Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide,
@@ -94,7 +94,7 @@ class LazyLogits(Tensor):
     def make(hidden: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe | None = None) -> LazyLogits:
         """Promise ``linear(hidden, weight, bias)`` of the current autocast state, or what ``recipe`` says."""
         if recipe is None:
-            recipe = Recipe(torch.is_autocast_enabled(hidden.device.type), compute_dtype(hidden))
+            recipe = Recipe(autocasting(hidden), compute_dtype(hidden))
         lazy = _Promise.apply(hidden, weight, bias, recipe)
         lazy.hidden, lazy.weight, lazy.bias, lazy.recipe = hidden, weight, bias, recipe
         lazy.grad_mode, lazy.versions, lazy.value = torch.is_grad_enabled(), _versions(weight, bias), None

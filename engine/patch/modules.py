@@ -26,6 +26,7 @@ from fuselora.engine.patch.state import (
 from fuselora.engine.patch.swap import Fused, decline, is_fused, noted
 from fuselora.kernels.glu import glu, glu_packed
 from fuselora.kernels.layer_norm import layer_norm
+from fuselora.kernels.lora import autocasting
 from fuselora.kernels.lora_linear import lora_delta
 from fuselora.kernels.rms_norm import add_rms_norm, rms_norm
 
@@ -81,7 +82,7 @@ class FusedLayerNorm(Fused):
         reason = self.fuse_state()
         if reason is None and self.weight is not None and self.weight.dtype != x.dtype:
             reason = f"the input is {x.dtype}, the weight {self.weight.dtype}"
-        if reason is None and torch.is_autocast_enabled(x.device.type):
+        if reason is None and autocasting(x):
             reason = "autocast chooses the dtype of this norm"
         if reason:
             decline(self, reason)
@@ -134,7 +135,7 @@ class FusedLoRALinear(Fused):
         if not isinstance(projections, str):
             return run_linears(self, x, (self,), projections)[0]
         y = self.fuse_base(x)
-        if not y.is_floating_point() or y.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if not y.is_floating_point() or y.dtype != x.dtype and not autocasting(x):
             decline(self, f"the base layer returns {y.dtype} for {x.dtype}")
             return super().forward(x)
         return lora_delta(y, x, tuple(adapters))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fuselora.engine.quantized_linear import Linear4bit
-from fuselora.kernels.lora import Projection
+from fuselora.kernels.lora import Projection, autocasting, compute_dtype
 from fuselora.kernels.nf4 import Quantized4bit
 
 LINEARS_4BIT = {f"bitsandbytes.nn.modules:{name}" for name in ("Linear4bit", "LinearNF4", "LinearFP4")}
@@ -82,8 +82,7 @@ def base_reason(x: Tensor, module: Any) -> str | None:
 
 
 def _autocast_reason(x: Tensor) -> str | None:
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
+    if compute_dtype(x) != x.dtype:
         return f"under autocast a 4-bit layer takes {x.dtype} and gives {x.dtype} back"
     return None
 
@@ -100,10 +99,10 @@ def _storage_reason(module: Any, computes: torch.dtype) -> str | None:
 def base_dtype(x: Tensor, module: Any) -> torch.dtype:
     """The dtype in which a 4-bit linear multiplies, where a fused layer on it can: x's, or the narrower one that it
     casts an fp32 x to, as behind ``prepare_model_for_kbit_training``."""
-    computes, kind = computes_in(x, module), x.device.type
+    computes = computes_in(x, module)
     if x.dtype != torch.float32 or computes.itemsize != 2 or _storage_reason(module, computes):
         return x.dtype
-    differs = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != computes
+    differs = autocasting(x) and compute_dtype(x) != computes
     return x.dtype if differs else computes
 
 

@@ -25,7 +25,7 @@ from fuselora.engine.patch.quantized import (
     read_4bit,
 )
 from fuselora.engine.patch.swap import is_fused, stock_class
-from fuselora.kernels.lora import LoRA, Projection
+from fuselora.kernels.lora import LoRA, Projection, autocasting
 from fuselora.kernels.nf4 import Quantized4bit
 
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)  # fake: memory is estimated on them
@@ -57,7 +57,7 @@ def tensor_reason(tensor: Tensor | None) -> str | None:
 
 def dtype_reason(x: Tensor, weight: Tensor) -> str | None:
     """Without autocast a linear needs matching dtypes; stock raises the error where they differ."""
-    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+    if x.dtype == weight.dtype or autocasting(x):
         return None
     return f"the input is {x.dtype}, the weight {weight.dtype}"
 

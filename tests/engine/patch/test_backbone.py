@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from tests.support.fused_calls import FusedCalls
-from tests.support.models import FAMILIES, batch, lora_model, packed_batch
-from transformers import DynamicCache
+from tests.support.models import FAMILIES, base_model, batch, lora_model, packed_batch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import fuselora
 from fuselora.engine.patch.attention import FusedAttention
@@ -177,3 +178,42 @@ def test_documents_begin_where_positions_do():
     skipping = torch.tensor([[0, 1, 5, 6]])  # gaps are documents to stock, without a mask, and not to us beside one
     assert document_starts(skipping, torch.ones_like(skipping), False) is None
     assert document_starts(skipping, None, True).int().tolist() == [[0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_fake_tensors_pass_with_masks_and_positions(family):
+    """Shapes and memory are estimated on them; their values can't be asked."""
+    config = base_model(family).config
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = fuselora.patch_model(AutoModelForCausalLM.from_config(config))
+        ids = torch.zeros(2, 9, dtype=torch.long)
+        positions = torch.arange(9)[None]
+        loss = model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), position_ids=positions).loss
+        loss.backward()
+        assert loss.shape == ()
+
+
+@pytest.mark.parametrize("pad", [None, "left"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_call_that_is_not_causal_is_stock_s(family, pad):
+    stock, ours = twins(family)
+    inputs = batch(pad=pad)
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    with torch.no_grad():
+        logits, expected = (model(**inputs, is_causal=False).logits[real] for model in (ours, stock))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_user_s_int32_mask_is_not_taken_for_ranges():
+    _, ours = twins()
+    inputs = {name: value[:, :2] for name, value in batch().items()}
+    mask = torch.ones(2, 1, 2, 2, dtype=torch.int32).tril()
+    with pytest.raises(ValueError, match="attention_mask: expected bool or float in four"):
+        ours(**(inputs | {"attention_mask": mask}))
+
+
+def test_a_model_without_memory_runs_on_shapes_alone():
+    config = base_model("llama").config
+    with torch.device("meta"):
+        model = fuselora.patch_model(AutoModelForCausalLM.from_config(config))
+    assert model(input_ids=torch.zeros(2, 9, dtype=torch.long, device="meta")).logits.shape == (2, 9, config.vocab_size)
