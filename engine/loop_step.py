@@ -8,6 +8,7 @@ The number counts all micro-batches of all processes, so batch geometry changes 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,17 @@ def causal_lm_loss(model: Any, batch: dict[str, Any], tokens: int) -> Tensor:
     return model(**batch, num_items_in_batch=tokens).loss
 
 
+def divides_by_tokens(model: Any) -> bool:
+    """Whether the model's own loss divides by a number that it is told. Code from hubs often averages over the tokens
+    of the micro-batch at hand instead, whatever the step's other ones hold.
+    """
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    if not getattr(base, "accepts_loss_kwargs", True):
+        return False
+    parameters = inspect.signature(base.forward).parameters
+    return "num_items_in_batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def smoothed_loss(smoothing: float) -> Objective:
     """``causal_lm_loss`` with ``smoothing`` of each target spread over the vocabulary; the logits exist in full."""
 
@@ -54,7 +66,9 @@ class Stepper:
         self.device = next(model.parameters()).device
         self.collate = Collator.of(config, pad_id, self.device)
         smoothing = config.label_smoothing_factor
-        self.objective = objective or (smoothed_loss(smoothing) if smoothing else causal_lm_loss)
+        plain = causal_lm_loss if divides_by_tokens(model) else smoothed_loss(0.0)
+        self.objective = objective or (smoothed_loss(smoothing) if smoothing else plain)
+        self.evaluated = plain if smoothing else self.objective
         self.scaler = self._scaler()
         alpha = config.neftune_noise_alpha
         self.neftune = Neftune(model, alpha) if alpha else None
@@ -86,7 +100,7 @@ class Stepper:
     def evaluation_loss(self, batches: Sequence[Sequence[Example]], tokens: int) -> Tensor:
         """Sum of the batches' losses over ``tokens``, of this process alone."""
         total = torch.zeros((), device=self.device)
-        plain = distributed.LossOf(self.model, causal_lm_loss if self.config.label_smoothing_factor else self.objective)
+        plain = distributed.LossOf(self.model, self.evaluated)
         for examples in batches:
             total += self._loss(plain, examples, tokens)
         return total

@@ -5,12 +5,15 @@ import types
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutput
 
 from fuselora.engine import checkpoint
+from fuselora.engine.chat import micro_batches
 from fuselora.engine.distributed import World
 from fuselora.engine.errors import UserError
 from fuselora.engine.neftune import token_lengths
 from fuselora.engine.output import check_output_dir, open_output_dir, opened_output_dir
+from fuselora.engine.trainer import Trainer
 
 
 def losses(trainer, key="loss"):
@@ -57,6 +60,47 @@ def test_label_smoothing_is_transformers(make_trainer):
     theirs = LabelSmoother(epsilon=0.2)(output, batch["labels"], shift_labels=True)
     assert trainer.stepper.loss(examples, tokens).item() == pytest.approx(theirs.item(), rel=1e-5)
     assert trainer.stepper.evaluation_loss([examples], tokens).item() < theirs.item(), "evaluation has no smoothing"
+
+
+@pytest.mark.parametrize("mark", ["signature", "attribute"])
+def test_a_model_whose_loss_is_a_mean_of_its_own_is_normalised_too(make_trainer, mark):
+    """As in code from hubs: else accumulation would multiply loss and gradients."""
+    keys = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 1, "val_size": 6}
+    want = make_trainer(**keys)
+    step = want.stepper.backward(list(micro_batches(want.data.take(0).examples, 2)), 60)
+
+    def mean(self, input_ids=None, attention_mask=None, labels=None, **rest):
+        logits = type(self).forward(self, input_ids=input_ids, attention_mask=attention_mask).logits
+        return CausalLMOutput(
+            loss=None if labels is None else self.loss_function(logits, labels, logits.shape[-1]), logits=logits
+        )
+
+    def bare(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        inputs_embeds=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ):
+        return mean(self, input_ids, attention_mask, labels)
+
+    build = Trainer.__init__
+
+    def changed(self, model, *arguments, **rest):
+        base = model.get_base_model()
+        base.accepts_loss_kwargs = mark == "signature"
+        base.forward = types.MethodType(bare if mark == "signature" else mean, base)
+        build(self, model, *arguments, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "__init__", changed)
+        trainer = make_trainer(**keys, overwrite_output_dir=True)
+    got = trainer.stepper.backward(list(micro_batches(trainer.data.take(0).examples, 2)), 60)
+    torch.testing.assert_close(got, step)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(want.evaluate()["eval_loss"], rel=1e-6)
 
 
 def scripted(trainer, scores):
