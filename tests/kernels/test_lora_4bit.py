@@ -17,6 +17,7 @@ from fuselora.functional import (
 )
 from fuselora.kernels import lora, lora_native, native
 from fuselora.kernels.dropout import draw_seed
+from fuselora.kernels.registry import ENV_IMPL
 from fuselora.testing import saved_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,6 +45,7 @@ def results(fn, x, projections):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_qkv_and_mlp_equal_the_dequantised_weights(dtype, double, monkeypatch):
     """Both with the native products: torch's, which few rows of dense weights get, add in another order."""
+    monkeypatch.setenv(ENV_IMPL, "*=cpu")
     monkeypatch.setattr(lora_native, "dense_refusal", lambda rows, *tensors: native.unsupported(*tensors))
     x = torch.randn(2, 5, 40).to(dtype).requires_grad_()
     qkv = [projection(n, 40, dtype, bias=n == 24, double=double) for n in (40, 24, 24)]
