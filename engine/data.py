@@ -67,8 +67,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     held_out, held_out_account = _load(_sources(config, held_out=True), config, tokenizer)
     drawn = len(train)
     if config.val_size > 0:
-        kept, taken = split(len(train), config)
-        held_out, train = Selection([train], _of_one(taken)), Selection([train], _of_one(kept))
+        train, held_out = divided(train, config)
     report = f"training: {account}"
     if drawn != account.examples:
         report += f"\n{drawn} of them drawn by num_samples and mix_strategy"
@@ -134,6 +133,15 @@ def _load(
 
 def _of_one(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.stack([np.zeros(len(rows), int), rows], axis=1)
+
+
+def divided(train: Sequence[Any], config: Config) -> tuple[Selection, Selection]:
+    """(training, held-out) examples: ``val_size`` of the rows once each, the others as often as they were drawn."""
+    origins = train.origins if isinstance(train, Selection) else np.arange(len(train))
+    distinct, first = np.unique(origins, return_index=True)
+    kept, taken = split(len(distinct), config)
+    trained = np.flatnonzero(np.isin(origins, distinct[kept]))
+    return Selection([train], _of_one(trained)), Selection([train], _of_one(first[taken]))
 
 
 def split(count: int, config: Config) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,14 +74,28 @@ class Stream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = Position(**{**state, "rows": tuple(state["rows"])})
 
+    @property
+    def _nothing(self) -> tuple[int, ...]:
+        return (0,) * len(self.sources)
+
+    @cached_property
+    def _first_rows(self) -> tuple[int, ...]:
+        """Where training begins in each set: the rows before are held out, in every epoch."""
+        mixture = _Mixture(self.sources, self.config, 0, self._nothing)
+        for _ in itertools.islice(mixture, self.skip):
+            pass
+        if mixture.draws.ended and self.config.mix_strategy == "interleave_over":
+            raise expected("val_size", "fewer rows than the smallest set has", self.skip, "lower it")
+        return mixture.state()[0]
+
     def held_out(self) -> list[AnyExample]:
         """The examples of the first ``skip`` rows."""
-        rows = itertools.islice(_Mixture(self.sources, self.config, 0), self.skip)
+        rows = itertools.islice(_Mixture(self.sources, self.config, 0, self._nothing), self.skip)
         return [example for row in rows for example in self._examples(row, Position())]
 
     def shown(self) -> Conversation | None:
         """The first conversation, to generate from after training."""
-        _, sample = next(_Mixture(self.sources, self.config, 0))
+        _, sample = next(_Mixture(self.sources, self.config, 0, self._nothing))
         return None if isinstance(sample, BadRow) else conversation(sample)
 
     def first(self) -> AnyExample:
@@ -89,11 +104,8 @@ class Stream:
 
     def __iter__(self) -> Iterator[AnyExample]:
         here = self.position
-        mixture = _Mixture(self.sources, self.config, here.epoch)
-        if here.draws is None:
-            for _ in itertools.islice(mixture, self.skip):
-                pass
-        else:
+        mixture = _Mixture(self.sources, self.config, here.epoch, self._first_rows)
+        if here.draws is not None:
             mixture.restore(here.rows, here.draws)
         while True:
             here.rows, here.draws = mixture.state()
@@ -129,13 +141,13 @@ class Stream:
 
 
 class _Mixture(Iterator[Placed]):
-    """The rows of one epoch in the order of ``mix_strategy``, from any position on."""
+    """The rows of one epoch in the order of ``mix_strategy``, from any position on; sets begin at rows ``first``."""
 
-    def __init__(self, sources: Sequence[Source], config: Config, epoch: int) -> None:
-        self.sources, self.config = sources, config
+    def __init__(self, sources: Sequence[Source], config: Config, epoch: int, first: Sequence[int]) -> None:
+        self.sources, self.config, self.first = sources, config, first
         seed = config.order_seed * 1_000_003 + epoch
         self.draws = Draws(len(sources), config.mix_strategy, config.interleave_probs, seed)
-        self.restore((0,) * len(sources), self.draws.state())
+        self.restore(first, self.draws.state())
 
     def state(self) -> tuple[tuple[int, ...], dict[str, Any]]:
         return tuple(self.rows), self.draws.state()
@@ -154,7 +166,8 @@ class _Mixture(Iterator[Placed]):
         while (which := self.draws.next_set()) is not None:
             row = next(self.open[which], None)
             if row is None and self.draws.used_up(which):
-                self.rows[which], self.open[which] = 0, self._open(self.sources[which], 0)
+                first = self.first[which]
+                self.rows[which], self.open[which] = first, self._open(self.sources[which], first)
                 row = next(self.open[which], None)
                 if row is None:
                     name = self.sources[which].info.name

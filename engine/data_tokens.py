@@ -120,7 +120,19 @@ class Selection(Sequence[Any]):
     @property
     def lengths(self) -> np.ndarray[Any, Any]:
         """int64 [examples]: tokens of each."""
-        parts = [part.lengths for part in self.parts]
+        return self._chosen([part.lengths for part in self.parts])
+
+    @property
+    def origins(self) -> np.ndarray[Any, Any]:
+        """int64 [examples]: one number per row of a set, however often it was drawn."""
+        parts, start = [], 0
+        for part in self.parts:
+            parts.append(start + (part.origins if isinstance(part, Selection) else np.arange(len(part))))
+            start = int(parts[-1].max(initial=start - 1)) + 1
+        return self._chosen(parts)
+
+    def _chosen(self, parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+        """Of values per row of each part, those of the rows that ``which`` names."""
         starts = np.cumsum([0, *map(len, parts)])[:-1]
         return np.concatenate(parts)[starts[self.which[:, 0]] + self.which[:, 1]]
 

@@ -68,6 +68,21 @@ def test_every_row_once_per_epoch_in_another_order(make_stream, make_config, tok
     assert orders[0] != orders[1]
 
 
+@pytest.mark.parametrize("strategy", ["interleave_once", "interleave_over", "concat"])
+def test_held_out_rows_are_never_given_in_any_epoch(make_stream, strategy):
+    keys = {"dataset": "rows,other", "mix_strategy": strategy, "val_size": 4}
+    keys |= {} if strategy == "concat" else {"interleave_probs": "0.6,0.4"}
+    loaded = make_stream(**keys)
+    held_out = {tuple(example.input_ids) for example in loaded.held_out}
+    given = [tuple(example.input_ids) for _ in range(6) for example in loaded.train]
+    assert len(held_out) == 4 and not held_out & set(given) and len(set(given)) == 24 + 7 - 4
+
+
+def test_holding_out_a_whole_set_is_refused(make_stream):
+    with pytest.raises(UserError, match="val_size: expected fewer rows than the smallest set has, got 20"):
+        make_stream(dataset="rows,other", mix_strategy="interleave_over", val_size=20)
+
+
 def test_a_stream_takes_all_rows(make_stream, dataset_dir):
     entry = {"rows": {"file_name": "rows.json", "num_samples": 5}}
     (dataset_dir / "dataset_info.json").write_text(json.dumps(entry))

@@ -274,3 +274,15 @@ def test_the_report_counts_what_was_drawn(make_config, tokenizer, dataset_dir):
     (dataset_dir / "dataset_info.json").write_text(json.dumps(entry))
     loaded = data.load_data(make_config(), tokenizer)
     assert len(loaded.train) == 50 and "\n50 of them drawn" in loaded.report
+
+
+@pytest.mark.parametrize("keys", [{"num_samples": 60}, {"num_samples": 13}, {}])
+def test_no_row_is_both_trained_and_held_out(make_config, tokenizer, dataset_dir, keys):
+    """However often a row was drawn."""
+    rows = [{"instruction": f"Other {i}", "output": "path"} for i in range(7)]
+    (dataset_dir / "other.json").write_text(json.dumps(rows))
+    entry = {"rows": {"file_name": "rows.json"} | keys, "other": {"file_name": "other.json"}}
+    (dataset_dir / "dataset_info.json").write_text(json.dumps(entry))
+    loaded = data.load_data(make_config(dataset="rows,other", mix_strategy="interleave_over", val_size=5), tokenizer)
+    train, held_out = ([tuple(e.input_ids) for e in part] for part in (loaded.train, loaded.held_out))
+    assert len(set(held_out)) == len(held_out) == 5 and not set(held_out) & set(train)
