@@ -4,9 +4,9 @@
     Z = Y W^T + ...        a LoRA linear's backward needs Y for dA: one more pass over X, 4 K bytes moved per token in
                            bf16, gives the same bits, and Y's 2 K bytes per token are not kept
 
-At the shape of Llama-3-8B that is 16 of 111 kB per token and layer. The norm's output carries where it comes from as
-an attribute, which lives and dies with the tensor; a tensor that was changed in place, or that a hook replaced, has no
-valid one, and is kept.
+At the shape of Llama-3-8B that is 16 of 111 kB per token and layer. Where a norm's output comes from is noted
+beside it for as long as the tensor lives, and not as an attribute, which ``torch.save`` would write; a tensor that was
+changed in place, or that a hook replaced, has no valid note, and is kept.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _STATE = threading.local()
 
@@ -59,11 +60,14 @@ class Normed(NamedTuple):
     version: int
 
 
+_NORMED = WeakTensorKeyDictionary()
+
+
 def remember_norm(y: Tensor, source: Tensor, weight: Tensor | None, eps: float, mode: str) -> Tensor:
     """y, the output of ``rms_norm`` on these arguments, with a note of them."""
     if not torch.compiler.is_compiling() and y.requires_grad:
         weight = None if weight is None else weight.detach()
-        y._fuselora_normed = Normed(source.detach(), weight, eps, mode, y._version)  # type: ignore[attr-defined]
+        _NORMED[y] = Normed(source.detach(), weight, eps, mode, y._version)
     return y
 
 
@@ -72,7 +76,7 @@ def normed_input(x: Tensor) -> Normed | None:
     dropped (non-reentrant checkpointing) or used at once (a forward inside a backward)."""
     if torch.compiler.is_compiling():
         return None
-    note: Normed | None = getattr(x, "_fuselora_normed", None)
+    note: Normed | None = _NORMED.get(x)
     if note is None or note.version != x._version or saving_is_free() or recomputing():
         return None
     return note

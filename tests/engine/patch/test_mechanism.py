@@ -291,3 +291,13 @@ def test_state_dict_bytes_are_those_of_stock() -> None:
     for model, file in zip((stock, ours), files, strict=True):
         torch.save(model.state_dict(), file)
     assert files[0].getvalue() == files[1].getvalue()
+
+
+def test_saved_hidden_states_are_plain_tensors() -> None:
+    """What a norm's output remembers for backward is not written with it."""
+    hidden = fuselora.patch_model(lora_model("llama"))(**batch(), output_hidden_states=True).hidden_states[-1]
+    assert hidden.requires_grad
+    file = io.BytesIO()
+    torch.save(hidden, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), hidden)
