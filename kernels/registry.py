@@ -180,8 +180,10 @@ def function(
 
 
 def implementation(op: Op, device: torch.device, dtype: torch.dtype) -> str:
-    """The tag of the implementation that would run for the op's first sample on this device and dtype."""
-    args = next(op.samples(dtype, device)).args
+    """The tag of the implementation that would run for the op's first sample on this device and dtype. A report asks,
+    and must not move the random state that training goes on with."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        args = next(op.samples(dtype, device)).args
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
     fn = op.select(key if any(DISPATCH_KEY[tag] == key for tag in op.impls) else None, args)
     return next((impl.tag for impl in op.impls.values() if impl.fn is fn), "reference")
