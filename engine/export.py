@@ -88,7 +88,7 @@ def export(config: ExportConfig) -> Parity:
         write_gguf(merged, tokenizer, folder, config.export_gguf)
     del model, merged
     gc.collect()
-    after = fp32_logits(_read_back(folder, device), ids)
+    after = fp32_logits(_read_back(folder, device, config.trust_remote_code), ids)
     difference = after - before
     largest = (difference.abs().max() / before.abs().max()).item()
     return Parity(_relative_rms(difference, before), largest, computing, dtype)
@@ -115,7 +115,8 @@ def _load(base: str, config: ExportConfig, device: torch.device) -> tuple[Any, t
     from transformers import AutoConfig
 
     wish = DTYPES.get(config.export_dtype)
-    stored = AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code).dtype
+    options = {"trust_remote_code": config.trust_remote_code, "cache_dir": config.cache_dir}
+    stored = AutoConfig.from_pretrained(base, **options).dtype
     dtype = wish or (stored if stored in DTYPES.values() else torch.bfloat16)
     if config.quantization_bit and not wish:
         dtype = torch.bfloat16
@@ -204,11 +205,13 @@ def _write(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, config:
     staging.rmdir()
 
 
-def _read_back(folder: Path, device: torch.device) -> Any:
+def _read_back(folder: Path, device: torch.device, trust_remote_code: bool) -> Any:
     """What stock transformers makes of the folder; every weight must be there, and no other."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, output_loading_info=True
+    )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise UserError(f"export_dir: expected the weights of the model, got {kind} {sorted(info[kind])[0]!r}")
