@@ -172,6 +172,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
+WITH_HELP = ("train", "export", "chat", "bench")  # of their own
+
+
 def usage() -> str:
     from fuselora.engine.config_docs import config_help
 
@@ -183,6 +186,9 @@ def _dispatch(arguments: list[str]) -> int:
     command = COMMANDS.get(arguments[0])
     if command is None:
         raise UserError(f"command: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}; see fuselora --help")
+    if arguments[1:2] in (["-h"], ["--help"]) and arguments[0] not in WITH_HELP:
+        print(usage())
+        return 0
     return command(arguments[1:])
 
 

@@ -131,6 +131,13 @@ def test_help_lists_commands_and_keys(capsys):
     assert train.main(["--help"]) == 0 and "lora_rank" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["estimate", "verify", "merge", "env"])
+def test_every_command_has_help(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"fuselora {command}" in shown and "learning_rate" in shown
+
+
 def test_a_whole_run(arguments, capsys, tmp_path, tiny_base):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
