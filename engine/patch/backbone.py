@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from fuselora.engine.patch.attention import FusedAttention, read_ranges
 from fuselora.engine.patch.state import bypass_reason
-from fuselora.engine.patch.swap import Fused, is_fused
+from fuselora.engine.patch.swap import Fused, is_fused, note, noted
 from fuselora.kernels.attention_ranges import ranges_from_cu_seqlens, ranges_from_documents, ranges_from_padding
 
 
@@ -57,7 +57,7 @@ class FusedBackbone(Fused):
 
     def fuse_note(self: Any) -> str:
         reason = self.fuse_ranges_reason()
-        return f"masks are dense: {reason}" if reason else ""
+        return f"masks are dense: {reason}" if reason else noted(self)
 
     def fuse_ranges_reason(self: Any) -> str | None:
         """Why the layers can't take ranges, or None."""
@@ -95,6 +95,7 @@ class FusedBackbone(Fused):
         if mask is not None and not (mask != 0).all():
             padding = ranges_from_padding(mask)
             if padding is None:
+                note(self, "the mask of a call was dense: the real tokens of a row were not in one piece")
                 return None
         documents = self.fuse_documents(batch, length, mask, position_ids, cache, options)
         ranges = intersect(padding, documents)

@@ -98,6 +98,7 @@ def test_a_mask_with_a_hole_and_a_dense_mask_stay_stock():
         assert count == 0
         with torch.no_grad():
             torch.testing.assert_close(logits, stock(**inputs, attention_mask=mask).logits, rtol=1e-4, atol=1e-4)
+    assert "not in one piece" in str(fuselora.patch_report(ours))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
