@@ -31,7 +31,7 @@ from fuselora.engine.data_rows import BadRow
 from fuselora.engine.data_source import Source, default_root
 from fuselora.engine.data_stream import Stream
 from fuselora.engine.data_tokens import Account, Selection, TokenSet, open_or_make
-from fuselora.engine.errors import UserError, expected
+from fuselora.engine.errors import UserError, expected, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -178,10 +178,12 @@ def token_set(source: Source, config: Config, tokenizer: PreTrainedTokenizerBase
         encoded = encode_samples(bar, tokenizer, encoding, config.preprocessing_num_workers or 1)
         yield from _accounted(encoded, source.info.name, config)
 
-    found, _ = open_or_make(
-        root, f"{name}-{digest}", KINDS.get(config.stage, "plain"), make, overwrite=config.overwrite_cache and first
-    )
-    return found
+    kind, overwrite = KINDS.get(config.stage, "plain"), config.overwrite_cache and first
+    try:
+        return open_or_make(root, f"{name}-{digest}", kind, make, overwrite=overwrite)[0]
+    except OSError as error:
+        want = f"room and the right to write to {str(root)!r}"
+        raise expected("tokenized_path", want, first_line(error), "make room or set it to another folder") from error
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -39,7 +39,11 @@ def resolve_base(config: Config) -> str:
     """Folder or hub id of the base model; `quickstart` is built here on first use."""
     name = config.model_name_or_path
     if name == quickstart.NAME:
-        return str(quickstart.base_model(config.cache_dir))
+        try:
+            return str(quickstart.base_model(config.cache_dir))
+        except OSError as error:
+            remedy = "make room or set it to another folder"
+            raise expected("cache_dir", "room and the right to write", first_line(error), remedy) from error
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -1,5 +1,6 @@
 """Tokenised sets: the same examples from memory, disk and worker processes; made again exactly when they must be."""
 
+import errno
 import json
 from collections import Counter
 
@@ -286,3 +287,12 @@ def test_no_row_is_both_trained_and_held_out(make_config, tokenizer, dataset_dir
     loaded = data.load_data(make_config(dataset="rows,other", mix_strategy="interleave_over", val_size=5), tokenizer)
     train, held_out = ([tuple(e.input_ids) for e in part] for part in (loaded.train, loaded.held_out))
     assert len(set(held_out)) == len(held_out) == 5 and not set(held_out) & set(train)
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(make_config, tokenizer, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data_tokens, "_append", full)
+    with pytest.raises(UserError, match="tokenized_path: expected room and the right to write .*No space left"):
+        data.load_data(make_config(), tokenizer)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from fuselora.engine import quickstart, stdlib_corpus
-from fuselora.engine.config import load_config
+from fuselora.engine.config import Config, load_config
+from fuselora.engine.errors import UserError
+from fuselora.engine.model import resolve_base
 from fuselora.engine.stdlib_corpus import Entry
 
 RECIPE = quickstart.Recipe(
@@ -122,3 +124,12 @@ def test_cache_follows_xdg(monkeypatch, tmp_path):
 def test_example_configurations_load():
     for name in ("quickstart", "lora_sft", "qlora"):
         load_config([f"examples/{name}.yaml"])
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    config = Config(
+        model_name_or_path="quickstart", dataset="quickstart", output_dir="out", cache_dir=str(tmp_path / "file")
+    )
+    with pytest.raises(UserError, match="cache_dir: expected room and the right to write"):
+        resolve_base(config)
