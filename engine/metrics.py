@@ -5,6 +5,7 @@ loss curve.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -52,6 +53,7 @@ class RunLog:
         entry = {"current_steps": step, "total_steps": self.total_steps} | values
         if self.full_speed and "tokens_per_second" in values:
             entry["matmul_share"] = round(values["tokens_per_second"] / self.full_speed, 4)
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}  # JSON
         entry |= {"elapsed_time": _clock(elapsed), "remaining_time": _clock(remaining)}
         self.records.append(entry)
         self._write("a", [entry])

@@ -1,6 +1,7 @@
 """What goes wrong in a run: numbers that aren't finite, no memory, no room on the disk."""
 
 import errno
+import json
 import math
 import os
 import subprocess
@@ -121,6 +122,15 @@ def test_skip_leaves_the_step_out(make_trainer, weights, tmp_path, capsys, late)
     torch.testing.assert_close(weights(skipping), weights(other), rtol=0, atol=0)
     record = skipping.log.records[-1]
     assert record["skipped_steps"] == 1 and record["loss"] == pytest.approx(sum(losses) / 5, rel=1e-6)
+
+
+def test_the_log_is_json_whatever_the_numbers(make_trainer):
+    trainer = make_trainer(max_steps=2, logging_steps=1, save_strategy="no", on_nonfinite="skip")
+    spoil_loss(trainer, (1,), math.nan)
+    trainer.fit()
+    lines = (trainer.output_dir / "trainer_log.jsonl").read_text().splitlines()
+    first = json.loads(lines[0], parse_constant=pytest.fail)
+    assert first["grad_norm"] is None and first["skipped_steps"] == 1 and len(lines) == 2
 
 
 def test_skipping_gives_up(make_trainer):
