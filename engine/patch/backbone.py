@@ -71,6 +71,8 @@ class FusedBackbone(Fused):
                 return reason
             if "forward" in attention.__dict__ and bypass_reason(attention):
                 return "an attention module has a forward of its own on the instance"
+            if any(m._forward_pre_hooks_with_kwargs or m._forward_hooks_with_kwargs for m in (layer, attention)):
+                return f"a hook of {type(layer).__name__} or its attention is given the mask"
         return None
 
     def fuse_ranges(

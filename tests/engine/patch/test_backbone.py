@@ -218,3 +218,17 @@ def test_a_model_without_memory_runs_on_shapes_alone():
     with torch.device("meta"):
         model = fuselora.patch_model(AutoModelForCausalLM.from_config(config))
     assert model(input_ids=torch.zeros(2, 9, dtype=torch.long, device="meta")).logits.shape == (2, 9, config.vocab_size)
+
+
+@pytest.mark.parametrize("name", ["layers.1", "layers.0.self_attn"])
+def test_a_hook_that_is_given_the_mask_sees_stock_s(name):
+    seen = []
+    for model in twins():
+        module = model.get_base_model().model.get_submodule(name)
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        with torch.no_grad():
+            model(**batch(pad="left"))
+    assert torch.equal(*seen)
+    assert "is given the mask" in str(fuselora.patch_report(model))
