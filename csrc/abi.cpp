@@ -20,6 +20,7 @@ struct Kernels {
   decltype(&scalar::cross_entropy) cross_entropy;
   decltype(&scalar::dequantize_4bit) dequantize_4bit;
   decltype(&scalar::quantize_4bit) quantize_4bit;
+  decltype(&scalar::quantize_absmax) quantize_absmax;
   decltype(&scalar::gemm) gemm;
   decltype(&scalar::attention) attention;
   decltype(&scalar::attention_bwd) attention_bwd;
@@ -28,8 +29,8 @@ struct Kernels {
 
 #define FUSELORA_KERNELS(isa)                                                                      \
   {#isa, isa::rms_norm, isa::rms_norm_bwd, isa::dropout, isa::glu, isa::glu_bwd, isa::rope,        \
-   isa::cross_entropy, isa::dequantize_4bit, isa::quantize_4bit, isa::gemm, isa::attention,     \
-   isa::attention_bwd, isa::philox}
+   isa::cross_entropy, isa::dequantize_4bit, isa::quantize_4bit, isa::quantize_absmax, isa::gemm,  \
+   isa::attention, isa::attention_bwd, isa::philox}
 
 const Kernels kScalar = FUSELORA_KERNELS(scalar);
 #if defined(__x86_64__)
@@ -270,6 +271,16 @@ int32_t fuselora_quantize_4bit(uint8_t* data, float* absmax, const void* w, cons
                 static_cast<long long>(n), static_cast<long long>(blocksize), dtype);
   if (!kernels()) return FUSELORA_BAD_ISA;
   kernels()->quantize_4bit({data, absmax, w, bounds, order, n, blocksize, dtype, threads});
+  return FUSELORA_OK;
+}
+
+int32_t fuselora_quantize_absmax(uint8_t* codes, float* absmax2, const float* absmax, const float* offset,
+                                 const float bounds[255], int64_t n, int64_t blocksize2, int32_t threads) {
+  if (n < 0 || blocksize2 < 1)
+    return fail(FUSELORA_BAD_ARGUMENT, "quantize_absmax: bad argument: n %lld, block size %lld",
+                static_cast<long long>(n), static_cast<long long>(blocksize2));
+  if (!kernels()) return FUSELORA_BAD_ISA;
+  kernels()->quantize_absmax({codes, absmax2, absmax, offset, bounds, n, blocksize2, threads});
   return FUSELORA_OK;
 }
 

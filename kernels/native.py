@@ -118,6 +118,14 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(c_int32, c_int32),  # dtype, threads
         ),
     ),
+    "fuselora_quantize_absmax": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p, c_void_p),  # codes, absmax2, absmax
+            *(c_void_p, c_void_p),  # offset, bounds
+            *(c_int64, c_int64, c_int32),  # n, blocksize2, threads
+        ),
+    ),
     "fuselora_gemm": (
         c_int32,
         (

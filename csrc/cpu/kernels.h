@@ -215,6 +215,16 @@ struct Quantize4bit {
   int32_t dtype, threads;
 };
 
+struct QuantizeAbsmax {
+  uint8_t* codes;
+  float* absmax2;
+  const float* absmax;
+  const float* offset;
+  const float* bounds;  // [255] middles between neighbouring codes, ascending
+  int64_t n, blocksize2;
+  int32_t threads;
+};
+
 using GemmTerm = fuselora_gemm_term;
 
 // Rows whose sums rest in fp32 between segments of the depth; a thread's memory: those of a block and a panel's bias,
@@ -244,6 +254,7 @@ struct Gemm {
   void cross_entropy(const CrossEntropy& a); \
   void dequantize_4bit(const Dequantize4bit& a); \
   void quantize_4bit(const Quantize4bit& a); \
+  void quantize_absmax(const QuantizeAbsmax& a); \
   void gemm(const Gemm& a);                \
   void attention(const AttentionFwd& a); \
   void attention_bwd(const AttentionBwd& a); \

@@ -6,6 +6,8 @@ namespace fuselora {
 namespace FUSELORA_ISA {
 namespace {
 
+float larger(float a, float b) { return a > b ? a : b; }
+
 template <class T>
 void dequantize(const Dequantize4bit& a) {
   const int threads = team(a.n, a.threads);
@@ -73,6 +75,46 @@ void quantize_4bit(const Quantize4bit& a) {
   if (a.dtype == FUSELORA_BF16) return quantize<bf16>(a);
   if (a.dtype == FUSELORA_F16) return quantize<fp16>(a);
   quantize<float>(a);
+}
+
+// A normalised scale is one of kSteps steps of [-1, 1], so a table holds the code of each; both ascend. Zeros divided by
+// their largest magnitude, 0 / 0, are the first step.
+void quantize_absmax(const QuantizeAbsmax& a) {
+  constexpr int32_t kSteps = 65536;
+  constexpr int64_t kPiece = 256;
+  const int threads = team(a.n, a.threads);
+  const int64_t blocks = (a.n + a.blocksize2 - 1) / a.blocksize2;
+  uint8_t nearest[kSteps];
+  for (int32_t step = 0, code = 0; step < kSteps; ++step) {
+    const float value = -1.f + 2.f * float(step) / float(kSteps - 1);
+    while (code < 255 && a.bounds[code] < value) ++code;
+    nearest[step] = uint8_t(code);
+  }
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = block * a.blocksize2, end = begin + a.blocksize2 < a.n ? begin + a.blocksize2 : a.n;
+    const float offset = *a.offset;
+    float of_lane[kLanes] = {};  // a single maximum would be a chain of latencies
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes)
+      for (int lane = 0; lane < kLanes; ++lane)
+        of_lane[lane] = larger(of_lane[lane], std::fabs(a.absmax[i + lane] - offset));
+    float largest = 0.f;
+    for (; i < end; ++i) largest = larger(largest, std::fabs(a.absmax[i] - offset));
+    for (const float of : of_lane) largest = larger(of, largest);
+    a.absmax2[block] = largest;
+    const float reciprocal = 1.f / largest;
+    for (int64_t at = begin; at < end; at += kPiece) {
+      const int64_t size = at + kPiece < end ? kPiece : end - at;
+      int32_t steps[kPiece];
+      for (int64_t i = 0; i < size; ++i) {
+        const float scaled = (a.absmax[at + i] - offset) * reciprocal;
+        const float low = scaled > -1.f ? scaled : -1.f;  // NaN too
+        steps[i] = int32_t(((low < 1.f ? low : 1.f) + 1.f) * 0.5f * float(kSteps - 1) + 0.5f);
+      }
+      for (int64_t i = 0; i < size; ++i) a.codes[at + i] = nearest[steps[i]];
+    }
+  }
 }
 
 }  // namespace FUSELORA_ISA

@@ -101,6 +101,11 @@ FUSELORA_API int32_t fuselora_quantize_4bit(uint8_t* data, float* absmax, const 
                                             const uint8_t order[16], int64_t n, int64_t blocksize, int32_t dtype,
                                             int32_t threads);
 
+/* The scales themselves: absmax [n] less offset [1] to codes [n] and fp32 absmax2 [(n + blocksize2 - 1) / blocksize2].
+ * bounds: the middles between the 256 neighbouring codes, ascending. */
+FUSELORA_API int32_t fuselora_quantize_absmax(uint8_t* codes, float* absmax2, const float* absmax, const float* offset,
+                                              const float bounds[255], int64_t n, int64_t blocksize2, int32_t threads);
+
 /* A 4-bit weight: the operands of fuselora_dequantize_4bit. */
 typedef struct fuselora_weight_4bit {
   const uint8_t* data;

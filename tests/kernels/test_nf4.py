@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from fuselora.kernels import nf4, nf4_scales
+from fuselora.kernels import native, nf4, nf4_scales
 from fuselora.kernels.nf4 import QUANT_TYPES, Quantized4bit, dequantize_4bit, quantize_4bit
 
 CPU = torch.device("cpu")
@@ -154,3 +154,14 @@ def test_an_empty_weight_has_no_bytes():
     q = quantize_4bit(torch.zeros(0, 64), double=False)
     assert q.data.numel() == q.absmax.numel() == 0 and dequantize_4bit(q).shape == (0, 64)
     assert isinstance(q, Quantized4bit)
+
+
+@pytest.mark.skipif(native.reason() is not None, reason="no native library")
+@pytest.mark.parametrize("blocksize2", [64, 256, 4096])
+def test_native_scales_are_the_reference_s(blocksize2):
+    code = nf4.dynamic_code(CPU)
+    ties = torch.cat((nf4_scales.middles(code), torch.tensor([-1.0, 1.0])))
+    for absmax in (torch.rand(1), torch.rand(5000) * 1e-30, torch.rand(4097), torch.ones(700), torch.zeros(300), ties):
+        ours = nf4_scales._cpu(absmax, code, blocksize2)
+        for got, want in zip(ours, nf4_scales._reference(absmax, code, blocksize2), strict=True):
+            assert torch.equal(got, want), (absmax.numel(), blocksize2)
