@@ -20,7 +20,8 @@ else
 SETUP := $(VENV)/.installed
 endif
 
-.PHONY: setup train test aot test-peft test-transformers test-compat bench bench-all gate lint format native sanitize gpu gpu-smoke clean
+.PHONY: setup train test aot test-peft test-transformers test-compat bench bench-all gate lint format native sanitize gpu gpu-smoke \
+	dist-check arm64 clean
 
 setup: $(SETUP)
 
@@ -57,6 +58,20 @@ test-transformers: $(VENV)/.peft-suite
 $(VENV)/.peft-suite: $(SETUP)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,peft-suite]'
 	touch $@
+
+# Wheel and source distribution: built, compared with what belongs in them, installed and run without a compiler.
+dist-check: $(SETUP)
+	$(PY) tests/outside/dist_check.py
+
+# The library and its C tests for 64-bit ARM, the scalar kernels alone. Compiled with zig's clang, not run.
+ZIG := $(CURDIR)/build/arm64/zig/bin/python -m ziglang
+arm64:
+	test -x build/arm64/zig/bin/python || $(PYTHON) -m venv build/arm64/zig
+	build/arm64/zig/bin/python -m pip install --quiet ziglang
+	CC="$(ZIG) cc -target aarch64-linux-gnu" CXX="$(ZIG) c++ -target aarch64-linux-gnu" \
+		cmake -S . -B build/arm64/native -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DFUSELORA_CUDA=OFF -DFUSELORA_TESTS=ON -DFUSELORA_OUTPUT_DIR=$(CURDIR)/build/arm64/lib
+	cmake --build build/arm64/native --parallel
 
 # The whole suite on the CPU, about 20 minutes: build/bench/report.md.
 bench-all: $(SETUP)

@@ -2,7 +2,8 @@
 
 Everything else about the package is in pyproject.toml. The library has a plain C ABI and links neither Python nor
 torch, so one wheel per platform serves every Python and torch version. Without a C++ compiler the install still
-succeeds: the ops run on their reference and ``fuselora env`` says so. FUSELORA_SKIP_NATIVE=1 skips the build.
+succeeds: the ops run on their reference, and ``patch_model`` and ``fuselora env`` say so. FUSELORA_SKIP_NATIVE=1 skips
+the build.
 """
 
 import os
@@ -28,7 +29,10 @@ def build_native() -> None:
     build = ROOT / "build" / "native"
     generator = [] if works("make") else ["-G", "Ninja"]
     configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *generator]
-    missing = "native ops not built ({}); install a C++17 compiler and reinstall to get them"
+    missing = (
+        "native ops not built ({}); install a C++17 compiler, then pip install --no-cache-dir --force-reinstall "
+        "--no-deps fuselora to get them"  # pip keeps wheels that it built
+    )
     try:
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel", "--target", "fuselora_cpu"], check=True)
