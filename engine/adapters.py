@@ -14,6 +14,7 @@ of rank 2r on W itself, B A - B0 A0 = [B, -B0] [A; A0], so that it needs no deco
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -171,6 +172,19 @@ def save_adapter_files(
         path = folder / WEIGHTS
         tensors = load_file(path)
         save_file(tensors, path, metadata={"format": "pt", HEADER: fingerprint})
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in the order of a hash map, anew in each process; equal runs give equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, path
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _save_initial(model: Any, initial: dict[str, Tensor], folder: Path) -> None:

@@ -42,9 +42,11 @@ class RunLog:
         self._line_open = False
         self._began, self._first_step = time.monotonic(), resume_step or 0
         if resume_step is not None and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            self.records = [r for r in map(json.loads, lines) if r["current_steps"] <= resume_step]
-        self._write("w", self.records)
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+            self.records = [r for r in whole if r["current_steps"] <= resume_step]
+        self._write(self.path.with_suffix(".part"), "w", self.records)
+        self.path.with_suffix(".part").replace(self.path)
 
     def record(self, step: int, **values: Any) -> dict[str, Any]:
         elapsed = time.monotonic() - self._began
@@ -56,12 +58,12 @@ class RunLog:
         entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}  # JSON
         entry |= {"elapsed_time": _clock(elapsed), "remaining_time": _clock(remaining)}
         self.records.append(entry)
-        self._write("a", [entry])
+        self._write(self.path, "a", [entry])
         return entry
 
-    def _write(self, mode: str, records: list[dict[str, Any]]) -> None:
+    def _write(self, path: Path, mode: str, records: list[dict[str, Any]]) -> None:
         try:
-            with self.path.open(mode, encoding="utf-8") as file:
+            with path.open(mode, encoding="utf-8") as file:
                 file.write("".join(json.dumps(record) + "\n" for record in records))
         except OSError as error:
             remedy = "make room and go on with resume_from_checkpoint: auto"

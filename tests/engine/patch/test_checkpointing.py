@@ -349,3 +349,25 @@ def test_trainer(tmp_path: Path) -> None:
         assert all(layer.gradient_checkpointing is (policy != "off") for layer in layers_of(model))
         curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(curves[0]) == 3 and curves[0] == curves[1]
+
+
+def test_an_attention_output_changed_in_place_is_refused() -> None:
+    """The recomputation would find it changed and change it again; torch's own checkpointing gives wrong gradients."""
+    model = patched()
+    halve = model.base_model.model.model.layers[0].self_attn.o_proj.register_forward_pre_hook
+    handle = halve(lambda module, args: (args[0].mul_(0.5),))
+    fuselora.set_checkpointing(model, "full")
+    with pytest.raises(RuntimeError, match="got aten::mul_.Tensor that changes it in place"):
+        model(**batch())
+    handle.remove()
+    model(**batch()).loss.backward()
+
+
+def test_a_pickled_model_knows_torch_s_checkpointing_only() -> None:
+    model = patched()
+    fuselora.set_checkpointing(model, "full")
+    written = pickle.dumps(model)
+    assert b"LayerPolicy" not in written and b"fuselora" not in written
+    read = pickle.loads(written)
+    assert not isinstance(read.base_model.model.model.layers[0]._gradient_checkpointing_func, checkpointing.LayerPolicy)
+    assert_same_bits(run(fuselora.unpatch_model(model), batch()), run(read, batch()))

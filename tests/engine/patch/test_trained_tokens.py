@@ -13,10 +13,12 @@ from torch import nn
 
 import fuselora
 from fuselora.engine.chat import Example
+from fuselora.engine.config import Config
+from fuselora.engine.distributed import World
+from fuselora.engine.loop_step import Stepper
 from fuselora.engine.patch import loss as module
 from fuselora.engine.patch.lazy_logits import LazyLogits, Recipe
 from fuselora.engine.patch.loss import trained_tokens
-from fuselora.engine.trainer import Trainer
 
 
 @pytest.fixture
@@ -79,6 +81,6 @@ def test_the_trainer_tells_what_its_examples_train(model: nn.Module, bounds: lis
         Example([1, 2, 3, 4], [-100, -100, 3, 4]),
         Example([1, 5], [1, 5]),
     ]  # the first label of a row is unused
-    trainer = SimpleNamespace(model=model, device=torch.device("cpu"), pad_id=0)
-    loss = Trainer._loss(trainer, examples, tokens=3)
+    config = Config(model_name_or_path="x", output_dir="x", dataset=("x",))
+    loss = Stepper(model, config, World(), 0, None).loss(examples, tokens=3)
     assert bounds == [3] and torch.isfinite(loss)
