@@ -105,7 +105,8 @@ class _Note(TorchDispatchMode):
 
 
 def _place(tensor: Any) -> int:
-    return tensor.untyped_storage().data_ptr() if isinstance(tensor, Tensor) else -1
+    """Which storage, also of a fake tensor, which has no address."""
+    return tensor.untyped_storage()._cdata if isinstance(tensor, Tensor) else -1
 
 
 class _Replay(TorchDispatchMode):
