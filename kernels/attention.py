@@ -71,7 +71,7 @@ def _reference(
     s, _ = _scores(grouped, kf, ranges, scale, causal, window, softcap)
     lse = torch.logsumexp(s, -1) if s.shape[-1] else s.new_full(s.shape[:-1], -torch.inf)
     out = _weights(s, lse) @ v.to(acc).unsqueeze(2)
-    return out.flatten(1, 2).transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format), lse.flatten(1, 2)
+    return out.flatten(1, 2).transpose(1, 2).to(q.dtype).contiguous(), lse.flatten(1, 2)
 
 
 def _gradient(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -78,8 +78,9 @@ def test_few_rows_meet_the_weight_as_it_is(monkeypatch):
 
 @pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
 @pytest.mark.parametrize("rows", [3, 33])
-def test_cpu_dequantises_nothing(rows):
+def test_cpu_dequantises_nothing(rows, monkeypatch):
     """Forward, backward and what checkpointing repeats, of single linears, groups and MLP blocks."""
+    monkeypatch.setenv(ENV_IMPL, "*=cpu")
     x = torch.randn(rows, 64, dtype=torch.bfloat16, requires_grad=True)
     qkv, mlp = ([projection(*size, torch.bfloat16) for size in ((96, 64), (96, 64), (64, 96))] for _ in range(2))
     with Count() as count:
