@@ -195,6 +195,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(describe(result), flush=True)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
+    except subprocess.CalledProcessError as error:
+        if args.base:
+            raise
+        print(f"gate: nothing compared, the base {base} can't be made ready here: {error}")
+        return 0
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"base": base, "preset": args.preset, **result}, indent=1) + "\n")
