@@ -106,7 +106,8 @@ def digest() -> str:
                 with poisoned_empty():
                     result = impl.fn(*sample.args, **sample.kwargs)
                 for tensor in tree_leaves(result):
-                    sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"-")
+                    flat = tensor.contiguous().flatten()
+                    sha.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"-")
     return sha.hexdigest()
 
 
