@@ -23,6 +23,7 @@ from fuselora.kernels.nf4 import Quantized4bit, dequantize_4bit
 HALF = (torch.bfloat16, torch.float16)
 LINEAR_8BIT = "bitsandbytes.nn.modules:Linear8bitLt"
 LARGEST_CODE = 127
+READERS = {"Deserialize", "Bnb4bitDeserialize"}  # of load_4bit.py and of transformers
 
 
 def linears_4bit(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -116,6 +117,15 @@ def keep_weights_in_place(model: nn.Module) -> None:
     for _, module in linears_4bit(model):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def forget_reading(model: Any) -> None:
+    """Drop transformers' note that the model's 4-bit weights were put together from files: ``save_pretrained`` would
+    invert that, which neither bitsandbytes' conversion nor ours can, and state dicts hold the parts already."""
+    if conversions := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [
+            one for one in conversions if not any(type(op).__name__ in READERS for op in getattr(one, "operations", ()))
+        ]
 
 
 def misread_on_cpu(model: nn.Module) -> str | None:

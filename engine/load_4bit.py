@@ -18,6 +18,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fuselora.engine.kbit import forget_reading
 from fuselora.engine.quantized_linear import STATE, TABLES, Linear4bit, from_parts
 from fuselora.kernels.nf4 import BLOCKSIZES, QUANT_TYPES, quantize_4bit
 
@@ -87,6 +88,7 @@ def load_4bit(
             model: Any = AutoModelForCausalLM.from_pretrained(path_or_id, config=config, dtype=dtype, **arguments)
     except RuntimeError as error:
         raise (ValueError(f"load_4bit: {path_or_id}: {_DAMAGED[0]}") if _DAMAGED else error) from error
+    forget_reading(model)
     model.hf_quantizer.remove_quantization_config(model)
     model.config.quantization_config = _as_bitsandbytes(quant_type, double, dtype)
     return model

@@ -22,7 +22,7 @@ from fuselora.engine import quickstart
 from fuselora.engine.adapters import check_base, load_adapter
 from fuselora.engine.errors import UserError, expected, first_line
 from fuselora.engine.fingerprint import base_fingerprint
-from fuselora.engine.kbit import dequantize_linears, keep_weights_in_place
+from fuselora.engine.kbit import dequantize_linears, forget_reading, keep_weights_in_place
 from fuselora.engine.patch.quantized import is_4bit
 from fuselora.engine.patch.state import active_adapters, read_projection
 from fuselora.engine.patch.swap import stock_class
@@ -79,6 +79,7 @@ def merge_4bit(
     for layer in layers:
         _merge_layer(layer, requantize, dtype)
     base = model.unload()
+    forget_reading(base)
     if not requantize:
         dequantize_linears(base, dtype)
         for parameter in base.parameters():  # parameters alone: rotary tables stay fp32

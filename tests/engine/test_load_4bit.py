@@ -73,7 +73,11 @@ def test_files_load_either_way(folder, tmp_path):
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert type(back.model.layers[0].mlp.up_proj).__module__ == "bitsandbytes.nn.modules"
     assert_same_state(back, theirs)
-    assert_same_state(fuselora.load_4bit(str(tmp_path / "theirs"), progress=False), ours)
+    read = fuselora.load_4bit(str(tmp_path / "theirs"), progress=False)
+    assert_same_state(read, ours)
+    read.save_pretrained(tmp_path / "again")
+    digests.add(hashlib.sha256((tmp_path / "again" / "model.safetensors").read_bytes()).digest())
+    assert len(digests) == 1
 
 
 def test_state_dict_loads_into_an_empty_model_and_names_what_is_wrong():

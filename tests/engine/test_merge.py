@@ -160,6 +160,28 @@ def test_command_line_requantises_to_files_that_both_libraries_read(saved):
         assert q.absmax2 is None and torch.equal(q.data, other.data) and torch.equal(q.absmax, other.absmax)
 
 
+@KINDS
+@pytest.mark.parametrize("requantize", [False, True], ids=["dense", "4-bit"])
+def test_a_base_that_was_read_from_4bit_files_merges_and_saves(saved, kind, requantize):
+    """Its loader left a conversion of weights behind that has no inverse, on which saving failed."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    import_bnb()
+    _, _, out = saved
+    files = out.parent / "4bit"
+    fuselora.load_4bit(str(out.parent / "base"), progress=False).save_pretrained(files)
+    load = fuselora.load_4bit if kind == "ours" else AutoModelForCausalLM.from_pretrained
+    model = PeftModel.from_pretrained(load(str(files)), out.parent / "adapter")
+    merged = fuselora.merge_4bit(model, requantize).model
+    merged.save_pretrained(out)
+    back = AutoModelForCausalLM.from_pretrained(out)
+    assert len(list(linears_4bit(back))) == (14 if requantize else 0)
+    ids = batch()["input_ids"]
+    if not requantize:
+        assert torch.equal(back(input_ids=ids).logits, merged.eval()(input_ids=ids).logits)
+
+
 def test_command_line_knows_the_quickstart_base(saved, monkeypatch):
     _, (base, *rest), out = saved
     monkeypatch.setattr(quickstart, "base_model", lambda: base.partition("=")[2])
