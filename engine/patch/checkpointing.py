@@ -8,9 +8,10 @@
     auto      per layer one of these, so that ``activation_budget_gb`` is kept: engine/memory_plan.py
 
 Every ``GradientCheckpointingLayer`` of transformers calls ``_gradient_checkpointing_func(layer, hidden_states)`` when
-its flag ``gradient_checkpointing`` is set. A policy is such a function, so transformers' own switches keep their
-meaning: ``gradient_checkpointing_disable`` turns the policy off, ``gradient_checkpointing_enable`` replaces it by
-torch's checkpointing, and whichever is called last holds.
+its flag ``gradient_checkpointing`` is set. A policy is such a function. On a patched model transformers' own switches
+turn a policy off and on again: ``Trainer`` calls ``gradient_checkpointing_enable`` whenever its arguments say so (TRL's
+do by default), and trainers that generate call both around it; what was chosen by name must not be lost there. Under
+policy ``off``, and on a model whose class isn't fused (a classifier), the switches do what they always did.
 
 ``full`` is ``torch.utils.checkpoint`` without re-entrance. Attention outputs survive by a dispatch mode: in the first
 run it notes what the attention kernels return, in the recomputation it returns that instead of calling them, while
@@ -132,10 +133,12 @@ class _Replay(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class LayerPolicy:
-    """What a decoder layer's ``_gradient_checkpointing_func`` is. ``before``: the flag and function it replaced."""
+    """What a decoder layer's ``_gradient_checkpointing_func`` is. ``before``: the flag and function it replaced;
+    ``stays``: transformers' switches don't replace it, as the model's policy is not ``off``."""
 
     policy: str
     before: tuple[bool, Any] = (False, None)
+    stays: bool = False
 
     def __reduce__(self) -> Any:
         """A pickled model does without fuselora: what was replaced, or torch's checkpointing."""
@@ -194,6 +197,26 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
+class PolicySwitches:
+    """Mixin of fused ``PreTrainedModel`` classes: what transformers' checkpointing switches call."""
+
+    def _set_gradient_checkpointing(self: Any, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        layers = [(layer, vars(layer).get("_gradient_checkpointing_func")) for _, layer in decoder_layers(self)]
+        held = [(layer, func) for layer, func in layers if isinstance(func, LayerPolicy) and func.stays]
+        if not held:
+            super()._set_gradient_checkpointing(enable, *args, **kwargs)  # type: ignore[misc]
+            return
+        for layer, _ in held:
+            layer.gradient_checkpointing = enable
+        if enable:
+            chosen = " and ".join(sorted({func.policy for _, func in held}))
+            logger.warning(
+                "gradient_checkpointing_enable: set_checkpointing chose %s, which stays; "
+                "set_checkpointing(model, 'off') first lets transformers choose",
+                chosen,
+            )
+
+
 def set_checkpointing(
     model: nn.Module,
     policy: str,
@@ -201,8 +224,8 @@ def set_checkpointing(
     activation_budget_gb: float | None = None,
     tokens: int | None = None,
 ) -> CheckpointPlan:
-    """Choose what a patched model keeps for backward; in effect until called again, ``unpatch_model``, or transformers'
-    ``gradient_checkpointing_enable`` or ``_disable``.
+    """Choose what a patched model keeps for backward; in effect until called again or ``unpatch_model``.
+    transformers' ``gradient_checkpointing_disable`` and ``_enable`` turn a policy other than off off and on again.
 
     Args:
         model: a model that ``patch_model`` has patched.
@@ -225,7 +248,7 @@ def set_checkpointing(
         raise refuse("model", "decoder layers that patch_model has patched", "none", "call patch_model first")
     plan = make_plan(model, policy, len(layers), activation_budget_gb, tokens)
     for (_, layer), choice in zip(layers, plan.layers, strict=True):
-        _install(layer, choice, flagged=policy != "off")
+        _install(layer, choice, stays=policy != "off")
     if "offload" in plan.layers and next(layers[0][1].parameters()).device.type == "cpu":
         logger.warning("offload on a CPU is full: what it keeps is in the host's memory already")
     return plan
@@ -238,11 +261,11 @@ def clear_checkpointing(model: nn.Module) -> None:
             _restore(layer, ours)
 
 
-def _install(layer: Any, policy: str, *, flagged: bool) -> None:
+def _install(layer: Any, policy: str, *, stays: bool) -> None:
     current = vars(layer).get("_gradient_checkpointing_func")
     before = current.before if isinstance(current, LayerPolicy) else (layer.gradient_checkpointing, current)
-    layer._gradient_checkpointing_func = LayerPolicy(policy, before)
-    layer.gradient_checkpointing = flagged
+    layer._gradient_checkpointing_func = LayerPolicy(policy, before, stays)
+    layer.gradient_checkpointing = stays
 
 
 def _restore(layer: Any, ours: LayerPolicy) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from fuselora.engine.patch.checkpointing import PolicySwitches
 from fuselora.engine.patch.lazy_logits import LazyLogits, scale_and_softcap
 from fuselora.engine.patch.state import bypass_reason, dtype_reason, tensor_reason
 from fuselora.engine.patch.swap import Fused, decline, is_fused
@@ -68,7 +69,7 @@ class FusedHead(Fused):
         return LazyLogits.make(x, self.weight, self.bias)
 
 
-class FusedCausalLM(Fused):
+class FusedCausalLM(PolicySwitches, Fused):
     """A causal LM whose head is a ``FusedHead``: with labels, the loss comes from hidden states."""
 
     fuse_kind = "loss"

@@ -14,6 +14,7 @@ import torch
 from fuselora.engine import distributed
 from fuselora.engine.data import load_data
 from fuselora.engine.errors import run_command
+from fuselora.engine.memory_run import apply_checkpointing
 from fuselora.engine.model import build_model
 from fuselora.engine.output import open_output_dir
 from fuselora.engine.patch import patch_model, patch_report
@@ -76,6 +77,7 @@ def run(make_config, tiny_base, tokenizer, launch, tmp_path):
             model = build_model(str(tiny_base), config)
             if patch:
                 patch_model(model)
+                print(apply_checkpointing(model, config))
             trainer = Trainer(model, data.train, data.held_out, config, pad_id=tokenizer.pad_token_id, world=world)
             trainer.total_steps = stop or trainer.total_steps  # the schedule stays that of all steps
             trainer.resume()

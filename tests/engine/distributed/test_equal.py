@@ -5,6 +5,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from fuselora.engine.memory_shapes import LayerShape
+
+CUTOFF = 256
+LAYER = LayerShape(24, 40, 3, 1, 8, attention_ranks=4 * 4, mlp_ranks=3 * 4)  # of the tiny base
+MIXED_GB = 2 * CUTOFF * sum(LAYER.kept(policy, CUTOFF, b=4) for policy in ("full", "off")) / 1e9
 KEYS = {"max_steps": 5, "val_size": 6, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
 
 
@@ -35,6 +40,26 @@ def test_4bit_base(run, keys):
     one = run(1, "one", patch=True, **quantized, per_device_train_batch_size=4)
     two = run(2, "two", patch=True, **quantized, **keys, per_device_train_batch_size=2)
     assert_equal_runs(one, two)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """What every policy must give: the run of one process that keeps everything, made once."""
+    return {}
+
+
+@pytest.mark.parametrize("policy", ["full", "mlp", "offload", "auto"])
+@pytest.mark.parametrize("keys", [{}, {"fsdp": "full_shard"}], ids=["ddp", "fsdp2"])
+def test_checkpointing_policies(run, keys, policy, reference):
+    """Under DDP and FSDP2, whose weights are gathered again for the recomputation, a policy changes nothing: two
+    processes with it equal one without, and none of its blocks declines."""
+    short = KEYS | {"max_steps": 2, "eval_steps": 1}
+    if not reference:
+        reference["one"] = run(1, "one", patch=True, **short, cutoff_len=CUTOFF, per_device_train_batch_size=4)
+    budget = {"activation_budget_gb": MIXED_GB} if policy == "auto" else {}
+    asked = {"gradient_checkpointing": policy, "disable_gradient_checkpointing": False, "fuse": True, **budget}
+    two = run(2, "two", patch=True, **short, **keys, **asked, cutoff_len=CUTOFF, per_device_train_batch_size=2)
+    assert_equal_runs(reference["one"], two)
 
 
 @pytest.mark.parametrize("keys", [{}, {"fsdp": "full_shard"}], ids=str)

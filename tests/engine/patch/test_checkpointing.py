@@ -216,19 +216,37 @@ def layers_of(model: nn.Module) -> list[Any]:
     return [layer for _, layer in checkpointing.decoder_layers(model)]
 
 
-def test_switches_of_transformers_keep_their_meaning() -> None:
+def switch(model: nn.Module, on: bool) -> None:
+    """transformers' checkpointing switch, by the name of its version."""
+    base, word = model.get_base_model(), "enable" if on else "disable"
+    flip = getattr(base, f"activation_checkpointing_{word}", None) or getattr(base, f"gradient_checkpointing_{word}")
+    flip(*[{"use_reentrant": False}] * on)
+
+
+def policies_of(model: nn.Module) -> list[str]:
+    funcs = [vars(layer).get("_gradient_checkpointing_func") for layer in layers_of(model)]
+    return [func.policy if isinstance(func, checkpointing.LayerPolicy) else "torch's" for func in funcs]
+
+
+def test_switches_of_transformers_turn_a_policy_off_and_on(caplog: pytest.LogCaptureFixture) -> None:
     model = patched()
     plain = run(model, batch())
-    fuselora.set_checkpointing(model, "full")
+    fuselora.set_checkpointing(model, "mlp")
     assert all(layer.gradient_checkpointing for layer in layers_of(model))
-    base = model.get_base_model()
-    getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)()
+    switch(model, False)
     assert step_calls(model)["fuselora::lora_project"] == 2 * 4
-    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
-    assert not any(
-        isinstance(layer._gradient_checkpointing_func, checkpointing.LayerPolicy) for layer in layers_of(model)
-    )
+    switch(model, True)
+    assert "set_checkpointing chose mlp, which stays" in caplog.text and policies_of(model) == ["mlp"] * 2
+    assert step_calls(model)["fuselora::lora_project"] == 2 * 5
+    assert_same_bits(run(model, batch()), plain)
+
+
+def test_under_off_the_switches_are_transformers_own() -> None:
+    model = patched()
+    plain = run(model, batch())
+    fuselora.set_checkpointing(model, "off")
+    switch(model, True)
+    assert policies_of(model) == ["torch's"] * 2
     assert step_calls(model)["fuselora::lora_project"] == 2 * 7  # torch's checkpointing stops before the down product
     assert_same_bits(run(model, batch()), plain)
 
@@ -335,20 +353,24 @@ def test_ddp(process_group: None, policy: str) -> None:
         torch.testing.assert_close(result.grads[f"module.{name}"], grad)
 
 
-def test_trainer(tmp_path: Path) -> None:
-    """Hugging Face's Trainer, which is told nothing: the curve is that without checkpointing."""
+@pytest.mark.parametrize("asked", [False, True], ids=["told nothing", "gradient_checkpointing=True"])
+def test_trainer(tmp_path: Path, asked: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Hugging Face's Trainer: the curve is that without checkpointing, and the policy that was chosen by name is in
+    force whether or not its arguments ask for checkpointing too, which it says."""
     rows = [{k: v[0] for k, v in batch(1, seed=s).items()} for s in range(4)]
-    options = {"output_dir": str(tmp_path), "use_cpu": True, "max_steps": 3, "per_device_train_batch_size": 2}
-    args = TrainingArguments(**options, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True)
+    options: dict[str, Any] = {"use_cpu": True, "max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1}
+    options |= {"output_dir": str(tmp_path), "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     curves = []
-    for policy in ("off", "full"):
+    for policy in ("off", "mlp"):
         model = patched()
         fuselora.set_checkpointing(model, policy)
+        args = TrainingArguments(**options, gradient_checkpointing=asked)
         trainer = Trainer(model, args, train_dataset=rows)
         trainer.train()
-        assert all(layer.gradient_checkpointing is (policy != "off") for layer in layers_of(model))
+        assert all(layer.gradient_checkpointing is (asked or policy != "off") for layer in layers_of(model))
         curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(curves[0]) == 3 and curves[0] == curves[1]
+    assert policies_of(model) == ["mlp"] * 2 and ("chose mlp, which stays" in caplog.text) is asked
 
 
 def test_an_attention_output_changed_in_place_is_refused() -> None:
