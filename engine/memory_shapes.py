@@ -19,9 +19,9 @@ as in LoRA, per token:
 At the shape of Llama-3-8B in bf16: 94 kB, 37, 17 and 0, and 0.2 of adapters of rank 16 (stock PEFT: 217 kB).
 
 Gemma 2 and 3 have two norms more, which keep the branches (+ 2 K). OLMo 2 has its two norms behind the branches: they
-keep the branches and the projections the stream (+ 2 K). Norms on q and k keep their inputs (+ q + v). Phi-3's v is a
-view of one product with q and k, which is kept whole (+ q + v). Eager attention keeps keys and values repeated to q,
-and per head three matrices of scores, S x S: capped, after the soft-max in fp32, and cast; `full` computes it again.
+keep the branches and the projections the stream (+ 2 K). Norms on q and k keep their inputs (+ q + v). Eager attention
+keeps keys and values repeated to q, and per head three matrices of scores, S x S: capped, after the soft-max in fp32,
+and cast; `full` computes it again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 
 POLICIES = ("off", "mlp", "full", "offload")
 SANDWICH, POST_NORM = ("gemma2", "gemma3_text"), ("olmo2",)
-HEAD_NORM, FLAT_NORM, PACKED = ("qwen3", "gemma3_text"), ("olmo2",), ("phi3",)
+HEAD_NORM, FLAT_NORM = ("qwen3", "gemma3_text"), ("olmo2",)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class LayerShape:
             elements += 2 * self.inter + self.mlp_ranks
         if self.model_type in (*SANDWICH, *POST_NORM):
             elements += 2 * self.hidden
-        if self.model_type in (*HEAD_NORM, *FLAT_NORM, *PACKED):
+        if self.model_type in (*HEAD_NORM, *FLAT_NORM):
             elements += self.q + self.v
         if self.eager:
             elements += 2 * (self.q - self.v) + 2 * self.heads * length

@@ -209,7 +209,10 @@ class FusedFlatNormAttention(FusedAttention):
 
 
 class FusedPackedAttention(FusedConfigWindowAttention):
-    """Phi-3: one qkv_proj whose output holds q, k and v side by side."""
+    """Phi-3: one qkv_proj whose output holds q, k and v side by side.
+
+    Attention keeps v for backward, and a view would keep all three; rotation makes q and k anew in any case.
+    """
 
     def fuse_linears(self: Any) -> tuple[nn.Module, ...]:
         return (self.qkv_proj,)
@@ -217,4 +220,4 @@ class FusedPackedAttention(FusedConfigWindowAttention):
     def fuse_split(self: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         kv = self.num_key_value_heads * self.head_dim
         q, k, v = outputs[0].split([outputs[0].shape[-1] - 2 * kv, kv, kv], dim=-1)
-        return self.fuse_heads(q), self.fuse_heads(k), self.fuse_heads(v)
+        return self.fuse_heads(q), self.fuse_heads(k), self.fuse_heads(v.contiguous())
