@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 from fuselora.engine.patch.attention import FusedAttention, read_ranges
 from fuselora.engine.patch.state import bypass_reason
+from fuselora.engine.patch.checkpointing import PolicySwitches
 from fuselora.engine.patch.swap import Fused, is_fused, note, noted
 from fuselora.kernels.attention_ranges import ranges_from_cu_seqlens, ranges_from_documents, ranges_from_padding
 
@@ -46,7 +47,7 @@ def document_starts(position_ids: Tensor, mask: Tensor | None, like_stock: bool)
     return jumps
 
 
-class FusedBackbone(Fused):
+class FusedBackbone(PolicySwitches, Fused):
     """Embedding, decoder layers and final norm of a causal model."""
 
     fuse_kind = "mask"
