@@ -1,7 +1,8 @@
 """Fine-tune a model: ``python train.py config.yaml [key=value ...]``, the same as ``fuselora train``.
 
 Top to bottom this is the whole product: configuration -> data -> model -> patch_model -> fit -> result. The keys are
-in docs/config.md; ``python train.py --help`` lists them.
+in docs/config.md; ``python train.py --help`` lists them. torch and transformers take seconds to import, so what reads
+and checks the keys comes before them: a misspelt one is said at once.
 """
 
 from __future__ import annotations
@@ -9,30 +10,32 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
-from pathlib import Path
+from typing import Any
 
-import torch
-
-import fuselora.engine.quiet  # noqa: F401 - first, for what is said during imports
-from fuselora.engine import distributed, metrics, output
-from fuselora.engine.checkpoint_weights import result_state
+from fuselora.engine.base_name import check_names
 from fuselora.engine.config import Config, read_config
 from fuselora.engine.config_docs import config_help
-from fuselora.engine.data import check_sources, first_example, load_data
 from fuselora.engine.errors import UserError, run_command
-from fuselora.engine.memory_run import announce, apply_checkpointing
-from fuselora.engine.methods import trainable_summary
-from fuselora.engine.model import build_model, check_vocabulary, load_tokenizer, resolve_base
-from fuselora.engine.monitors import Reporting, monitors_of
-from fuselora.engine.patch import patch_model, patch_report
-from fuselora.engine.quiet import quiet_libraries
-from fuselora.engine.trainer import Trainer
 
 
 def train(config: Config) -> int:
     """One run, alone or as one of several processes. Returns the exit code: 0, or 128 + signal if a signal stopped it
     after a checkpoint.
     """
+    from fuselora.engine.quiet import quiet_libraries  # noqa: I001 - first, for what is said during imports
+
+    import torch
+
+    from fuselora.engine import distributed, output
+    from fuselora.engine.checkpoint_weights import result_state
+    from fuselora.engine.data import check_sources, first_example, load_data
+    from fuselora.engine.memory_run import announce
+    from fuselora.engine.methods import trainable_summary
+    from fuselora.engine.model import build_model, check_vocabulary, load_tokenizer, resolve_base
+    from fuselora.engine.monitors import Reporting, monitors_of
+    from fuselora.engine.trainer import Trainer
+
+    quiet_libraries()
     output.check_output_dir(config)
     reporting = Reporting(monitors_of(config), config)
     world = distributed.start(config)
@@ -52,12 +55,7 @@ def train(config: Config) -> int:
     check_vocabulary(model, data.largest)
     print(trainable_summary(model))
     if config.fuse:
-        try:
-            patch_model(model, strict=config.fuse_strict, dequant_cache_gb=config.dequant_cache_gb)
-        except ValueError as error:  # strict, and something can't be fused
-            raise UserError(str(error)) from error
-        print(patch_report(model))
-        print(apply_checkpointing(model, config))
+        _fuse(model, config)
 
     trainer = Trainer(
         model, data.train, data.held_out, config, pad_id=tokenizer.pad_token_id, world=world, callbacks=[reporting]
@@ -77,30 +75,36 @@ def train(config: Config) -> int:
 
     weights = result_state(model)
     distributed.stop(world)
-    if not world.main:
-        return 0
-    folder = Path(config.output_dir)
-    output.save_result(model, folder, config, weights)
-    tokenizer.save_pretrained(folder)
-    if config.plot_loss:
-        metrics.plot_loss(trainer.log.records, folder / metrics.CURVE_FILE)
-    if data.shown and output.wants_check(config, model):
-        print(output.check_result(config, base, tokenizer, data.shown))
-    print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}")
+    if world.main:
+        output.write_run(model, tokenizer, config, weights, base, shown=data.shown, records=trainer.log.records)
     return 0
+
+
+def _fuse(model: Any, config: Config) -> None:
+    from fuselora.engine.memory_run import apply_checkpointing
+    from fuselora.engine.patch import patch_model, patch_report
+
+    try:
+        patch_model(model, strict=config.fuse_strict, dequant_cache_gb=config.dequant_cache_gb)
+    except ValueError as error:  # strict, and something can't be fused
+        raise UserError(str(error)) from error
+    print(patch_report(model))
+    print(apply_checkpointing(model, config))
 
 
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(config_help())
         return 0
-    quiet_libraries()
     return run_command(lambda: _read_and_train(arguments))
 
 
 def _read_and_train(arguments: list[str]) -> int:
-    distributed.relaunch(arguments)
     config, sorting = read_config(arguments)
+    check_names(config)
+    from fuselora.engine.distributed import relaunch
+
+    relaunch(arguments)
     if os.environ.get("RANK", "0") == "0":
         print(sorting)
     return train(config)

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fuselora.engine.base_name import ADAPTER_FILE, check_name
 from fuselora.engine.config import Config
 from fuselora.engine.errors import UserError, expected, first_line
 from fuselora.engine.fingerprint import base_fingerprint, chain
@@ -100,8 +101,7 @@ def load_adapter(model: Any, path: str, *, trainable: bool = False, autocast: bo
     """An adapter on a base, by stock PEFT."""
     from peft import PeftModel
 
-    if not (Path(path).expanduser() / "adapter_config.json").is_file() and Path(path).expanduser().exists():
-        raise expected("adapter_name_or_path", "a folder with adapter_config.json", repr(path), "name a saved adapter")
+    check_name("adapter_name_or_path", path, ADAPTER_FILE)
     try:
         return PeftModel.from_pretrained(model, path, is_trainable=trainable, autocast_adapter_dtype=autocast)
     except (OSError, ValueError, RuntimeError) as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fuselora.engine import attention_dispatch, longlora, quickstart
+from fuselora.engine.base_name import MODEL_FILE, check_name
 from fuselora.engine.chat_templates import set_template
 from fuselora.engine.config import Config
 from fuselora.engine.errors import UserError, expected, first_line
@@ -44,14 +45,9 @@ def resolve_base(config: Config) -> str:
         except OSError as error:
             remedy = "make room or set it to another folder"
             raise expected("cache_dir", "room and the right to write", first_line(error), remedy) from error
+    check_name("model_name_or_path", name, MODEL_FILE, config.cache_dir)
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise expected("model_name_or_path", "a folder with config.json", f"{name!r}", "name a saved model")
-        return str(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise expected("model_name_or_path", "a folder or a hub id", f"{name!r}, which is neither", "check the path")
-    return name
+    return str(folder) if folder.is_dir() else name
 
 
 def load_tokenizer(base: str, config: Config) -> PreTrainedTokenizerBase:

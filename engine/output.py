@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from fuselora.engine import metrics
 from fuselora.engine.adapters import load_adapter, merge_adapters, merged_first, save_adapter_files
 from fuselora.engine.chat import prompt_ids
 from fuselora.engine.checkpoint import PREFIX, has_checkpoints
@@ -102,6 +103,27 @@ def open_output_dir(config: Config, *, resumed: bool = False) -> Path:
                     shutil.rmtree(old)
         (folder / "training_args.yaml").write_text(config_yaml(config), encoding="utf-8")
     return folder
+
+
+def write_run(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    weights: dict[str, torch.Tensor] | None,
+    base: str,
+    *,
+    shown: Conversation | None,
+    records: list[dict[str, Any]],
+) -> None:
+    """All that a finished run leaves beside its log: result, tokenizer, curve; says them and a sample of the result."""
+    folder = Path(config.output_dir)
+    save_result(model, folder, config, weights)
+    tokenizer.save_pretrained(folder)
+    if config.plot_loss:
+        metrics.plot_loss(records, folder / metrics.CURVE_FILE)
+    if shown and wants_check(config, model):
+        print(check_result(config, base, tokenizer, shown))
+    print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}")
 
 
 def save_result(model: Any, folder: Path, config: Config, state: dict[str, torch.Tensor] | None = None) -> None:

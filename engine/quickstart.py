@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fuselora.engine.base_name import QUICKSTART
 from fuselora.engine.stdlib_corpus import entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NAME = "quickstart"
+NAME = QUICKSTART
 EOS, PAD = "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (

@@ -31,19 +31,28 @@ def _train(arguments: list[str]) -> int:
     return train.main(arguments)
 
 
+def _read(arguments: list[str], kind: type[Any] | None = None) -> tuple[Any, Any]:
+    """Configuration and sorting, before torch is imported, which takes seconds. ``kind``: as in ``read_config``."""
+    from fuselora.engine.base_name import check_names
+    from fuselora.engine.config import Config, read_config
+
+    config, sorting = read_config(arguments, kind or Config)
+    check_names(config)
+    return config, sorting
+
+
 def _verify(arguments: list[str]) -> int:
     """Exit code 1 if the patched model isn't as close to the fp64 truth as the stock one."""
+    config, _ = _read(arguments)
     import torch
 
     from fuselora.engine.chat import collate
-    from fuselora.engine.config import load_config
     from fuselora.engine.data import load_data
     from fuselora.engine.model import build_model, load_tokenizer, resolve_base
     from fuselora.engine.patch import patch_model
     from fuselora.engine.verify import verify
 
     quiet_libraries()
-    config = load_config(arguments)
     base = resolve_base(config)
     tokenizer = load_tokenizer(base, config)
     model = build_model(base, config)
@@ -64,16 +73,16 @@ BENCHES = {"step": "train_step", "ops": "op_times", "gate": "gate", "report": "w
 
 def _export(arguments: list[str]) -> int:
     """Exit code 1 if the exported model's logits are not those of base and adapter."""
-    from fuselora.engine.config import read_config
     from fuselora.engine.config_docs import command_help
     from fuselora.engine.config_export import ExportConfig
-    from fuselora.engine.export import export
 
     if arguments[:1] in (["-h"], ["--help"]):
         print(command_help(ExportConfig))
         return 0
+    config, sorting = _read(arguments, ExportConfig)
+    from fuselora.engine.export import export
+
     quiet_libraries()
-    config, sorting = read_config(arguments, ExportConfig)
     print(sorting)
     parity = export(config)
     print(f"wrote {', '.join(sorted(p.name for p in Path(config.export_dir).iterdir()))} to {config.export_dir}")
@@ -82,24 +91,26 @@ def _export(arguments: list[str]) -> int:
 
 
 def _estimate(arguments: list[str]) -> int:
+    config, _ = _read(arguments)
     from fuselora.engine.memory_run import estimate
 
     quiet_libraries()
-    print(estimate(arguments))
+    print(estimate(config))
     return 0
 
 
 def _chat(arguments: list[str]) -> int:
-    from fuselora.engine.chat_cli import chat
-    from fuselora.engine.config import read_config
     from fuselora.engine.config_docs import command_help
     from fuselora.engine.config_export import ChatConfig
 
     if arguments[:1] in (["-h"], ["--help"]):
         print(command_help(ChatConfig))
         return 0
+    config, _ = _read(arguments, ChatConfig)
+    from fuselora.engine.chat_cli import chat
+
     quiet_libraries()
-    return chat(read_config(arguments, ChatConfig)[0])
+    return chat(config)
 
 
 def _bench(arguments: list[str]) -> int:

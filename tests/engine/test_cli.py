@@ -218,8 +218,36 @@ def test_interrupted_process_can_be_resumed(arguments, tmp_path, number):
 
 def test_unfinished_command_reports_an_interrupt(monkeypatch, capsys):
     monkeypatch.setattr(train, "train", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert cli.main(["train", "model_name_or_path=a", "dataset=b", "output_dir=c"]) == 130
+    assert cli.main(["train", "model_name_or_path=quickstart", "dataset=b", "output_dir=c"]) == 130
     assert capsys.readouterr().err == "interrupted; what was written before is complete\n"
+
+
+def without_torch(*arguments):
+    """The command line in a process that can't import torch and transformers, which takes seconds where one can."""
+    code = (
+        "import sys; sys.modules.update(torch=None, transformers=None); from fuselora import cli; sys.exit(cli.main())"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "python")}
+    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+
+
+WRONG = [(command, "lora_rnak=8", "'lora_rank'") for command in ("train", "verify", "estimate", "export", "chat")]
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "said"),
+    [*WRONG, ("train", "lora_rank=many", "lora_rank: "), ("train", "model_name_or_path=./no", "check the path")],
+)
+def test_wrong_keys_and_paths_are_said_before_torch_is_imported(command, word, said):
+    keys = ("model_name_or_path=quickstart", "dataset=quickstart", "output_dir=o")
+    ended = without_torch(command, *(("export_dir=e", word) if command == "export" else (*keys, word)))
+    assert ended.returncode == 2 and said in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "export", "chat"])
+def test_help_needs_no_torch(command):
+    ended = without_torch(command, "--help")
+    assert ended.returncode == 0 and "model_name_or_path" in ended.stdout and ended.stderr == ""
 
 
 def test_bench_outside_a_clone(monkeypatch, capsys, tmp_path):
