@@ -304,25 +304,44 @@ def quantize_4bit(w: Tensor, quant_type: str = "nf4", blocksize: int = 64, doubl
 
 def check_quantized(op: str, q: Quantized4bit) -> None:
     """Raise ValueError unless the parts of q fit each other: no kernel reads behind one of them."""
-    n = q.shape[0] * q.shape[1]
-    checks.check_choice(op, "blocksize", q.blocksize, BLOCKSIZES)
+    _check_sizes(op, q)
+    n, nested = q.shape[0] * q.shape[1], q.absmax2 is not None
     blocks = blocks_of(n, q.blocksize)
-    nested = q.absmax2 is not None
     parts = [("data", q.data, -(-n // 2), torch.uint8), ("code", q.code, 16, torch.float32)]
     parts.append(("absmax", q.absmax, blocks, torch.uint8 if nested else torch.float32))
     if nested:
-        for name, part, size in (("code2", q.code2, 256), ("absmax2", q.absmax2, blocks_of(blocks, q.blocksize2))):
-            if part is None:
-                raise checks.fail(op, name, "a tensor beside absmax2", None, "pass the whole quantisation state")
-            parts.append((name, part, size, torch.float32))
-        if q.offset is None:
-            raise checks.fail(op, "offset", "a tensor beside absmax2", None, "pass the whole quantisation state")
-        parts.append(("offset", q.offset, 1, torch.float32))
+        sizes = (blocks_of(blocks, q.blocksize2), 256, 1)
+        for name, size in zip(NESTED_PARTS, sizes, strict=True):
+            parts.append((name, getattr(q, name), size, torch.float32))
+    for name, part, _, _ in parts:
+        if not isinstance(part, Tensor):
+            beside = " beside absmax2" if name in NESTED_PARTS else ""
+            raise checks.fail(op, name, f"a tensor{beside}", repr(part), "pass the whole quantisation state")
     for name, part, size, dtype in parts:
-        if part.numel() != size or part.dtype != dtype or not part.is_contiguous():
-            want, got = f"{size} contiguous {dtype} values for shape {q.shape}", f"{tuple(part.shape)} {part.dtype}"
+        if part.numel() != size or part.dim() > 1 or part.dtype != dtype or not part.is_contiguous():
+            want = f"{size} contiguous {dtype} values for shape {tuple(q.shape)}"
+            got = f"{tuple(part.shape)} {part.dtype}" + ("" if part.is_contiguous() else ", not contiguous")
             raise checks.fail(op, name, want, got, "the weight's file is truncated or belongs to another shape")
     checks.check_same_device(op, **{name: part for name, part, _, _ in parts})
+
+
+NESTED_PARTS = ("absmax2", "code2", "offset")
+
+
+def _check_sizes(op: str, q: Quantized4bit) -> None:
+    """Raise ValueError unless shape and block sizes are numbers that a weight can have."""
+    shape = q.shape
+    if not isinstance(shape, tuple) or len(shape) != 2 or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise checks.fail(op, "shape", "two sizes, (rows, columns)", repr(shape), "pass the shape before quantisation")
+    sizes = [("blocksize", q.blocksize)]
+    if q.absmax2 is not None:
+        sizes.append(("blocksize2", q.blocksize2))
+    elif q.code2 is not None or q.offset is not None:
+        raise checks.fail(op, "absmax2", "a tensor beside code2 and offset", None, "pass the whole quantisation state")
+    for name, size in sizes:
+        if not isinstance(size, int) or size not in BLOCKSIZES:
+            choices = "one of " + ", ".join(map(repr, BLOCKSIZES))
+            raise checks.fail(op, name, choices, repr(size), "choose one of those")
 
 
 def dequantize_4bit(q: Quantized4bit, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from fuselora import functional
 from fuselora.kernels import native, nf4, nf4_scales
 from fuselora.kernels.nf4 import QUANT_TYPES, Quantized4bit, dequantize_4bit, quantize_4bit
 
@@ -128,12 +129,31 @@ def test_quantising_twice_changes_nothing():
         (lambda q: q._replace(blocksize=48), "blocksize: expected one of 32, 64"),
         (lambda q: q._replace(shape=(20, 65)), "data: expected 650 contiguous"),
         (lambda q: q._replace(code=q.code[:15]), "code: expected 16"),
+        (lambda q: q._replace(code=q.code.view(4, 4)), r"code: expected 16 contiguous .* got \(4, 4\)"),
+        (lambda q: q._replace(data=q.data.repeat_interleave(2)[::2]), "data: .*uint8, not contiguous"),
+        (lambda q: q._replace(data=None), "data: expected a tensor, got None; pass the whole quantisation state"),
+        (lambda q: q._replace(offset=0.1), "offset: expected a tensor beside absmax2, got 0.1"),
+        (lambda q: q._replace(absmax2=None), "absmax2: expected a tensor beside code2 and offset, got None"),
+        (lambda q: q._replace(absmax=q.absmax.to("meta")), "devices: .* absmax on meta"),
+        (lambda q: q._replace(shape=(-20, -64)), r"shape: expected two sizes, .* got \(-20, -64\)"),
+        (lambda q: q._replace(shape=(1280,)), "shape: expected two sizes"),
+        (lambda q: q._replace(shape=(20.0, 64)), "shape: expected two sizes"),
+        (lambda q: q._replace(shape=None), "shape: expected two sizes, .* got None"),
+        (lambda q: q._replace(shape=(2**32, 2**32)), "data: expected 9223372036854775808 contiguous"),
+        (lambda q: q._replace(blocksize=64.0), "blocksize: expected one of 32, 64, .* got 64.0"),
+        (lambda q: q._replace(blocksize2=0), "blocksize2: expected one of 32, 64, .* got 0"),
+        (lambda q: q._replace(blocksize2=None), "blocksize2: expected one of 32, 64, .* got None"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, said):
     q = quantize_4bit(weight((20, 64), torch.float32), double=True)
-    with pytest.raises(ValueError, match=f"dequantize_4bit: {said}"):
-        dequantize_4bit(change(q))
+    bad, x = change(q), torch.zeros(2, 64)
+    with pytest.raises(ValueError, match=f"dequantize_4bit: {said}") as raised:
+        dequantize_4bit(bad)
+    assert "\n" not in str(raised.value)
+    for function in (functional.linear_4bit, functional.lora_linear):
+        with pytest.raises(ValueError, match=None if "shape" in said else said):
+            function(x, bad)
 
 
 @pytest.mark.parametrize(
