@@ -28,6 +28,7 @@ from torch import nn
 
 from fuselora.engine.memory_live import Body, register_attention, step_of_layers
 from fuselora.engine.memory_plan import GB
+from fuselora.engine.memory_shapes import keeps_scores
 from fuselora.kernels.head_chunks import chunk_size
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "kept", "working", "head", "other")
@@ -161,7 +162,7 @@ def _build(run: Run, layers: int) -> Any:
 
     config = copy.deepcopy(run.config)
     text = config.get_text_config()
-    eager = getattr(config, "_attn_implementation", None) == "eager"
+    eager = keeps_scores(config, run.device)
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]

@@ -52,7 +52,7 @@ def make_plan(
         missing = "activation_budget_gb" if budget_gb is None else "tokens"
         raise refuse(missing, "a number with auto", "nothing", "state it: the plan never looks at free memory")
     weight = model.get_input_embeddings().weight
-    shape = layer_shape(model.config, adapter_ranks(model))
+    shape = layer_shape(model.config, adapter_ranks(model), device=weight.device.type)
     kept = {p: shape.kept(p, tokens or 0, weight.element_size()) for p in POLICIES}
     if policy != "auto":
         return CheckpointPlan((policy,) * layers, kept, tokens)

@@ -22,6 +22,7 @@ Gemma 2 and 3 have two norms more, which keep the branches (+ 2 K). OLMo 2 has i
 keep the branches and the projections the stream (+ 2 K). Norms on q and k keep their inputs (+ q + v). Eager attention
 keeps keys and values repeated to q, and per head three matrices of scores, S x S: capped, after the soft-max in fp32,
 and cast; `full` computes it again.
+On a CPU patched models compute soft-capped attention natively, which keeps no scores.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fuselora.kernels.attention import library_reason
+
 POLICIES = ("off", "mlp", "full", "offload")
 SANDWICH, POST_NORM = ("gemma2", "gemma3_text"), ("olmo2",)
 HEAD_NORM, FLAT_NORM = ("qwen3", "gemma3_text"), ("olmo2",)
+SOFTCAPPED = ("gemma2", "vaultgemma")
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,25 @@ class LayerShape:
         return {"off": 0, "mlp": mlp, "full": mlp + attention, "offload": mlp + attention}[policy]
 
 
-def layer_shape(config: Any, ranks: dict[str, int], *, eager: bool | None = None) -> LayerShape:
-    """The shape that a transformers config describes. ``ranks``: summed adapter ranks by projection name."""
+def keeps_scores(config: Any, device: str) -> bool:
+    """Whether the attention of a patched model runs eagerly on a device of this kind."""
+    if getattr(config, "_attn_implementation", None) != "eager":
+        return False
+    text = config.get_text_config()
+    capped = text.model_type in SOFTCAPPED and text.attn_logit_softcapping is not None
+    return not (capped and device == "cpu" and library_reason() is None)
+
+
+def layer_shape(config: Any, ranks: dict[str, int], *, eager: bool | None = None, device: str = "cpu") -> LayerShape:
+    """The shape that a transformers config describes.
+
+    Args:
+        ranks: summed adapter ranks by projection name.
+        eager: whether attention keeps its scores; None: what a patched model's does on ``device``.
+    """
     config = config.get_text_config()
     heads = config.num_attention_heads
     mlp = sum(rank for name, rank in ranks.items() if name in ("gate_proj", "up_proj", "down_proj", "gate_up_proj"))
-    chosen = getattr(config, "_attn_implementation", None)
     return LayerShape(
         hidden=config.hidden_size,
         inter=config.intermediate_size,
@@ -110,7 +127,7 @@ def layer_shape(config: Any, ranks: dict[str, int], *, eager: bool | None = None
         attention_ranks=sum(ranks.values()) - mlp,
         mlp_ranks=mlp,
         model_type=config.model_type,
-        eager=chosen == "eager" if eager is None else eager,
+        eager=keeps_scores(config, device) if eager is None else eager,
     )
 
 

@@ -1,9 +1,10 @@
 """Attention modules: q, k and v in one function, q/k-norm and RoPE of both in one pass, then attention.
 
 On a CPU, where a model asks for ``sdpa`` and the mask is None or ranges of keys (``backbone.py`` makes them), attention
-is our own native op. Everything else goes through the model's attention interface (SDPA, FlashAttention, Flex,
-eager ...), and the cache and what is in ``kwargs`` are transformers' own. Families differ in data, not in code: see the
-class attributes.
+is our own native op. So it is for soft-capped scores where a model asks for ``eager``, which is all that transformers
+has for them, unless somebody may read the weights. Everything else goes through the model's attention interface (SDPA,
+FlashAttention, Flex, eager ...), and the cache and what is in ``kwargs`` are transformers' own. Families differ in
+data, not in code: see the class attributes.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from fuselora.engine.patch.modules import FusedRMSNorm
 from fuselora.engine.patch.state import bypass_reason, read_block
 from fuselora.engine.patch.swap import Fused, decline, is_fused
 from fuselora.kernels.attention import WIDEST, attention, library_reason, native_refusal
-from fuselora.kernels.attention_ranges import dense_mask
+from fuselora.kernels.attention_ranges import bounds, dense_mask
 from fuselora.kernels.qk_norm_rope import qk_norm_rope
 from fuselora.kernels.rope import rope
 
 OWN_OPTIONS = ("output_attentions", "position_bias", "cache")  # of a call: what only stock's interface understands
+CAPTURE = "transformers.utils.output_capturing"  # whose hooks stay for good and read weights under output_attentions
 
 
 def read_ranges(mask: object) -> Tensor | None:
@@ -67,14 +69,28 @@ class FusedAttention(Fused):
         """Keys that a query sees, itself included; 0 for all."""
         return self.fuse_interface_options().get("sliding_window") or 0
 
+    def fuse_softcap(self: Any) -> float | None:
+        return self.fuse_interface_options().get("softcap")
+
+    def fuse_weights_reason(self: Any) -> str | None:
+        """Why the attention weights, which eager attention returns and the native op doesn't, may be read, or None."""
+        if getattr(self.config, "output_attentions", False):
+            return "its weights are asked for"
+        if any(getattr(hook, "__module__", None) != CAPTURE for hook in self._forward_hooks.values()):
+            return "a hook may read its weights"
+        return None
+
     def fuse_native_state(self: Any) -> str | None:
         """Why attention itself runs through the model's interface in this state, or None if it is the native op."""
-        if self.config._attn_implementation != "sdpa":
-            return f"the model asks for {self.config._attn_implementation}"
+        asked, softcap = self.config._attn_implementation, self.fuse_softcap()
+        if softcap is None and asked != "sdpa" or asked not in ("sdpa", "eager"):
+            return f"the model asks for {asked}"
         if self.training and self.attention_dropout:
             return f"its dropout is {self.attention_dropout}"
-        if self.fuse_interface_options().get("softcap") is not None:
+        if softcap is not None and asked == "sdpa":
             return "its scores are soft-capped, which sdpa is not"
+        if softcap is not None and (reason := self.fuse_weights_reason()):
+            return reason
         if self.head_dim % 2 or self.head_dim > WIDEST:
             return f"head_dim is {self.head_dim}"
         weight = next(self.parameters())
@@ -97,9 +113,18 @@ class FusedAttention(Fused):
             return "one query, or options of stock's interface"
         if mask is None and q.shape[2] != k.shape[2] or mask is not None and read_ranges(mask) is None:
             return "a mask that is not made of ranges"
+        if mask is None and self.fuse_softcap() is not None:
+            return "no mask, with which eager attention sees every key"
         if type(q) is not Tensor or q.dtype != k.dtype or k.dtype != v.dtype or k.shape != v.shape:
             return "q, k and v differ in kind"
         return native_refusal(q, k, self.scaling)
+
+    def fuse_native(self: Any, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor | None, causal: bool) -> Tensor:
+        """q [B, H, S, D], k and v [B, Hkv, Sk, D] to [B, S, H, D]."""
+        # Without a mask stock applies no window: it gives None only where the window covers all keys.
+        window = self.fuse_window() or None if ranges is not None else None
+        masks = {"causal": causal, "window": window, "ranges": ranges}
+        return attention(q, k, v, scale=self.scaling, softcap=self.fuse_softcap(), **masks)
 
     def fuse_attend(
         self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
@@ -109,11 +134,9 @@ class FusedAttention(Fused):
         causal = getattr(self, "is_causal", True) if causal is None else causal
         ranges = read_ranges(mask)
         if self.fuse_native_reason(q, k, v, mask, options) is None:
-            # Without a mask stock applies no window: it gives None only where the window covers all keys.
-            window = self.fuse_window() or None if ranges is not None else None
-            return attention(q, k, v, scale=self.scaling, causal=causal, window=window, ranges=ranges), None
+            return self.fuse_native(q, k, v, ranges, causal), None
         if ranges is not None:
-            mask = self.fuse_dense_mask(ranges, q.shape[2], k.shape[2])
+            mask = self.fuse_dense_mask(ranges, q.dtype, k.shape[2])
         eager = sys.modules[type(self).__module__].eager_attention_forward
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
         dropout = self.attention_dropout if self.training else 0.0
@@ -121,9 +144,12 @@ class FusedAttention(Fused):
             self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **self.fuse_interface_options(), **options
         )
 
-    def fuse_dense_mask(self: Any, ranges: Tensor, length: int, keys: int) -> Tensor:
-        """What stock's mask for sdpa would have been."""
-        return dense_mask(ranges, length, keys, True, self.fuse_window(), ranges.device)
+    def fuse_dense_mask(self: Any, ranges: Tensor, dtype: torch.dtype, keys: int) -> Tensor:
+        """What stock's mask would have been: True where sdpa may look, or what eager attention adds to the scores."""
+        mask = dense_mask(ranges, ranges.shape[1], keys, True, self.fuse_window(), ranges.device)
+        if self.config._attn_implementation == "sdpa":
+            return mask
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
     def forward(
         self: Any,
@@ -136,11 +162,12 @@ class FusedAttention(Fused):
         projections = read_block(hidden_states, *self.fuse_linears())
         if isinstance(projections, str) or position_embeddings is None:
             decline(self, projections if isinstance(projections, str) else "no position_embeddings were given")
-            ranges, length = read_ranges(attention_mask), hidden_states.shape[1]
+            if (ranges := read_ranges(attention_mask)) is not None:
+                attention_mask = self.fuse_dense_mask(ranges, hidden_states.dtype, hidden_states.shape[1])
             return super().forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
-                attention_mask=attention_mask if ranges is None else self.fuse_dense_mask(ranges, length, length),
+                attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 **kwargs,
             )
@@ -194,10 +221,29 @@ def norms_can_join(q_norm: Any, k_norm: Any) -> bool:
 
 
 class FusedSoftcapAttention(FusedWindowAttention):
-    """Gemma 2: attention scores are soft-capped by the interface."""
+    """Gemma 2: attention scores are soft-capped, by eager attention or natively.
+
+    Padding in front of a row's tokens sees no key. Eager attention weighs all keys alike there, where SDPA and the
+    native op give zeros, and passes gradients to q and k; the last of it predicts the row's first token, so the loss
+    depends on it. Such rows are computed eagerly.
+    """
 
     def fuse_interface_options(self: Any) -> dict[str, Any]:
         return {"sliding_window": self.sliding_window, "softcap": self.attn_logit_softcapping}
+
+    def fuse_native(self: Any, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor | None, causal: bool) -> Tensor:
+        out = super().fuse_native(q, k, v, ranges, causal)
+        if self.fuse_softcap() is None or ranges is None:
+            return out
+        first, last = bounds(ranges, q.shape[2], k.shape[2], causal, self.fuse_window(), q.device)
+        blind = last <= first
+        rows = blind.any(0).nonzero()[:, 0]
+        if not len(rows):
+            return out
+        mask = self.fuse_dense_mask(ranges, q.dtype, k.shape[2])[:, :, rows]
+        eager = sys.modules[type(self).__module__].eager_attention_forward
+        there, _ = eager(self, q[:, :, rows], k, v, mask, scaling=self.scaling, softcap=self.fuse_softcap())
+        return out.index_copy(1, rows, torch.where(blind[:, rows, None, None], there, out[:, rows]))
 
 
 class FusedFlatNormAttention(FusedAttention):

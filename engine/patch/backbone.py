@@ -1,9 +1,10 @@
 """The decoder stack: padding masks and packed documents become ranges of keys instead of a dense mask.
 
 Stock builds a mask of B S Sk values as soon as a row is padded, documents are packed or a layer has a window, and
-torch's SDPA leaves its fast path for it. Where every attention module of the stack runs natively (``attention.py``),
-the same masks are intervals: for each query [begin, end) as int32 [B, 1, S, 2]. transformers hands a mask of four
-dimensions to every layer as it is; layers apply causality and their own window. Nothing else of the stack changes.
+torch's SDPA leaves its fast path for it; for eager attention it always does. Where every attention module of the stack
+runs natively (``attention.py``), the same masks are intervals: for each query [begin, end) as int32 [B, 1, S, 2].
+transformers hands a mask of four dimensions to every layer as it is; layers apply causality and their own window.
+Nothing else of the stack changes.
 
 Documents are found as stock finds them, where position ids do not count on. Stock looks only without an attention mask
 and without a cache; we also look beside a mask and an empty cache, and then take places where real tokens restart at
@@ -20,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache
 
 from fuselora.engine.patch.attention import FusedAttention, read_ranges
-from fuselora.engine.patch.state import bypass_reason
 from fuselora.engine.patch.checkpointing import PolicySwitches
+from fuselora.engine.patch.state import bypass_reason
 from fuselora.engine.patch.swap import Fused, is_fused, note, noted
 from fuselora.kernels.attention_ranges import ranges_from_cu_seqlens, ranges_from_documents, ranges_from_padding
 
@@ -102,7 +103,8 @@ class FusedBackbone(PolicySwitches, Fused):
                 return None
         documents = self.fuse_documents(batch, length, mask, position_ids, cache, options)
         ranges = intersect(padding, documents)
-        if ranges is None and any(0 < layer.self_attn.fuse_window() <= length for layer in self.layers):
+        layers = [layer.self_attn for layer in self.layers]
+        if ranges is None and any(0 < a.fuse_window() <= length or a.fuse_softcap() is not None for a in layers):
             ranges = torch.tensor([0, length], dtype=torch.int32).expand(batch, length, 2)
         return None if ranges is None else ranges[:, None]
 

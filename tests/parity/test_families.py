@@ -142,6 +142,8 @@ CASES = {
         },
     ),
     "eager-window-softcap": Case("gemma2", config={"attn_implementation": "eager", "sliding_window": 3}),
+    "softcap-without-window": Case("gemma2", config={"layer_types": ["full_attention"] * 2}),
+    "softcap-one-kv-head": Case("gemma2", config={"num_key_value_heads": 1}),
     "no-softcap": Case("gemma2", config={"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gelu-erf": Case("gemma", config={"hidden_activation": "gelu"}),
 }
@@ -156,7 +158,7 @@ def test_option(name: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eager_attention(family: str) -> None:
-    """Every other test runs SDPA, transformers' default (but for gemma2, whose soft-capping SDPA can't do)."""
+    """Every other test runs SDPA, transformers' default; gemma2 is eager, so natively soft-capped when patched."""
     stock = lora_model(family, attn_implementation="eager")
     assert stock.config._attn_implementation == "eager"
     check(stock, batches(), torch.float32)

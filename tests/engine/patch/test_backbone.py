@@ -15,7 +15,6 @@ from fuselora.engine.patch.backbone import FusedBackbone, document_starts
 from fuselora.kernels import native
 
 pytestmark = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
-NATIVE = sorted(set(FAMILIES) - {"gemma2"})  # gemma2 asks for eager: sdpa has no soft-cap
 
 
 def twins(family="llama", **options):
@@ -36,7 +35,7 @@ def masked(family, kind):
 
 
 @pytest.mark.parametrize("kind", ["plain", "left", "right", "packed"])
-@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_runs_natively_and_real_tokens_agree(family, kind):
     stock, ours = twins(family)
     inputs = masked(family, kind)
@@ -101,7 +100,7 @@ def test_a_mask_with_a_hole_and_a_dense_mask_stay_stock():
     assert "not in one piece" in str(fuselora.patch_report(ours))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text"])
 def test_generation_from_left_padding_is_stock_s(family):
     stock, ours = (model.eval() for model in twins(family))
     inputs = {k: v for k, v in batch(pad="left").items() if k != "labels"}
@@ -159,8 +158,64 @@ def test_attention_dropout_and_other_interfaces_are_named():
     ours.eval()
     rows = {row.cls: row.reason for row in fuselora.patch_report(ours).rows}
     assert rows["LlamaAttention"] == "attention runs natively" and rows["LlamaModel"] == ""
-    _, eager = twins("gemma2")
+    _, eager = twins(attn_implementation="eager")
     assert "attention runs eager: the model asks for eager" in str(fuselora.patch_report(eager))
+
+
+def test_soft_capped_attention_stays_eager_where_its_weights_are_read():
+    stock, ours = twins("gemma2")
+    inputs = batch(pad="right")
+    assert calls(ours, inputs)[0] == 2
+    with torch.no_grad():
+        expected, got = (model(**inputs, output_attentions=True).attentions for model in (stock, ours))
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert calls(ours, inputs)[0] == 2  # transformers' hooks are there to stay
+    ours.config.output_attentions = True
+    assert calls(ours, inputs)[0] == 0 and "its weights are asked for" in str(fuselora.patch_report(ours))
+    ours.config.output_attentions = False
+    seen = []
+    attention = ours.get_base_model().model.layers[1].self_attn
+    attention.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+    assert calls(ours, inputs)[0] == 0 and seen[0] is not None
+    assert "a hook may read its weights" in str(fuselora.patch_report(ours))
+
+
+@pytest.mark.parametrize("kind", ["hole", "dense", "declined", "dropout", "reverted"])
+def test_soft_capped_attention_that_is_not_native_is_stock_s(kind):
+    stock, ours = twins("gemma2", attention_dropout=0.1 if kind == "dropout" else 0.0)
+    inputs = batch(pad="left")
+    if kind == "hole":
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"]).index_fill(1, torch.tensor([5]), 0)
+    elif kind == "dense":
+        inputs["attention_mask"] = torch.full((2, 1, 13, 13), -1e9).triu(1)
+    elif kind == "declined":
+        for model in (stock, ours):
+            model.base_model.model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    elif kind == "reverted":
+        ours = fuselora.unpatch_model(ours)
+    results = []
+    for model in (ours, stock):
+        torch.manual_seed(0)
+        results.append(calls(model, inputs))
+    assert results[0][0] == (1 if kind == "declined" else 0)
+    real = batch(pad="left")["attention_mask"].bool()
+    torch.testing.assert_close(results[0][1][real], results[1][1][real], rtol=1e-4, atol=1e-4)
+
+
+def test_soft_capped_attention_under_sdpa_is_not_native():
+    """transformers 5.17 chooses it unless told, and leaves out the cap; 5.23 refuses."""
+    _, ours = twins("gemma2")
+    ours.config._attn_implementation_internal = "sdpa"
+    assert "attention runs sdpa: its scores are soft-capped, which sdpa is not" in str(fuselora.patch_report(ours))
+
+
+def test_gemma_3_ignores_a_soft_cap_of_its_attention_as_stock_does():
+    stock, ours = twins("gemma3_text", attn_logit_softcapping=0.5)
+    count, logits = calls(ours, batch())
+    with torch.no_grad():
+        torch.testing.assert_close(logits, stock(**batch()).logits, rtol=1e-4, atol=1e-4)
+    assert count == 2
 
 
 def test_disabling_attention_leaves_masks_to_stock():
