@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fuselora.engine.patch.blocks import run_linears
 from fuselora.engine.patch.modules import FusedRMSNorm
-from fuselora.engine.patch.state import bypass_reason, read_block
+from fuselora.engine.patch.state import bypass_reason, read_block, unwrapped
 from fuselora.engine.patch.swap import Fused, decline, is_fused
 from fuselora.kernels.attention import WIDEST, attention, library_reason, native_refusal
 from fuselora.kernels.attention_ranges import bounds, dense_mask
@@ -204,7 +204,7 @@ class FusedHeadNormAttention(FusedWindowAttention):
     fuse_ops = (*(op for op in FusedAttention.fuse_ops if op != "rope"), "qk_norm_rope", "qk_norm_rope_bwd")
 
     def fuse_rotate(self: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        q_norm, k_norm = self.q_norm, self.k_norm
+        q_norm, k_norm = unwrapped(self.q_norm), unwrapped(self.k_norm)
         if not norms_can_join(q_norm, k_norm):
             return rope(q_norm(q), k_norm(k), cos, sin)
         eps, mode = q_norm.fuse_epsilon(), q_norm.fuse_mode

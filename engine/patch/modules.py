@@ -21,6 +21,7 @@ from fuselora.engine.patch.state import (
     read_projections,
     state_reason,
     tensor_reason,
+    unwrapped,
     uses_dora,
 )
 from fuselora.engine.patch.swap import Fused, decline, is_fused, noted
@@ -283,7 +284,7 @@ class FusedDecoderLayer(Fused):
 
     def fuse_norm(self: Any) -> Any:
         """The norm behind the first residual add."""
-        return self.post_attention_layernorm
+        return unwrapped(self.post_attention_layernorm)
 
     def fuse_after_attention(self: Any, branch: Tensor) -> Tensor:
         return branch
@@ -332,7 +333,7 @@ class FusedSandwichDecoderLayer(FusedDecoderLayer):
     """Gemma 2 and 3: a norm behind each branch too, ``x + post(attention(pre(x)))``; add and next norm are one pass."""
 
     def fuse_norm(self: Any) -> Any:
-        return self.pre_feedforward_layernorm
+        return unwrapped(self.pre_feedforward_layernorm)
 
     def fuse_after_attention(self: Any, branch: Tensor) -> Tensor:
         return self.post_attention_layernorm(branch)

@@ -13,6 +13,7 @@ import torch
 from peft.tuners import lora as peft_lora
 from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -46,6 +47,17 @@ def bypass_reason(module: nn.Module) -> str | None:
     if torch.nn.modules.module._has_any_global_hook():
         return "hooks for all modules are registered (a profiler or FLOP counter?)"
     return None
+
+
+def unwrapped(module: Any) -> Any:
+    """What runs when a module is called: inside PEFT's ``modules_to_save`` wrapper, as it is set now, the trained copy
+    or the original; any other module, and a wrapper with hooks, itself."""
+    if type(module) is not ModulesToSaveWrapper or bypass_reason(module):
+        return module
+    names = module.active_adapters
+    if module.disable_adapters or not names or any(name not in module.modules_to_save for name in names):
+        return module.original_module
+    return module.modules_to_save[names[0]]
 
 
 def tensor_reason(tensor: Tensor | None) -> str | None:

@@ -40,6 +40,32 @@ def test_modules_to_save_trains_a_norm_and_the_embedding() -> None:
     assert sum("modules_to_save" in n and g.any().item() for n, g in grads.items()) == 3
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_trained_norms_are_fused_into_residual_adds_and_rotation(family: str) -> None:
+    """Through PEFT's wrapper, whichever copy it runs; nothing of the report is stock, and every norm gets a gradient."""
+    norms = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "q_norm", "k_norm"]
+    model = add_lora(base_model(family, torch.float64, **SMALL), modules_to_save=norms, target_modules=["q_proj"])
+    twins = twins_of(model)
+    grads = twins.check().grads
+    trained = [n for n in grads if "modules_to_save" in n]
+    assert len(trained) == {"llama": 2, "qwen3": 4, "gemma2": 3}[family] and all(grads[n].any() for n in trained)
+    assert not twins.reasons()
+    twins.both(lambda m: sgd_step(m, torch.optim.SGD))
+    twins.check()
+    with twins.stock.disable_adapter(), twins.ours.disable_adapter():
+        twins.check()
+    assert not twins.reasons()
+
+
+def test_a_hook_on_the_wrapper_of_a_norm_is_called() -> None:
+    model = add_lora(base_model("llama", torch.float64, **SMALL), modules_to_save=["post_attention_layernorm"])
+    twins = twins_of(model)
+    double = lambda module, args, output: output * 2  # noqa: E731
+    twins.both(lambda m: m.base_model.model.model.layers[0].post_attention_layernorm.register_forward_hook(double))
+    twins.check()
+    assert any("ModulesToSaveWrapper is stock" in reason for reason in twins.reasons())
+
+
 def test_lora_on_the_head_trains() -> None:
     stock = base_model("llama", torch.float64, **SMALL)
     twins = twins_of(add_lora(stock, target_modules=["q_proj", "lm_head"]))
