@@ -42,7 +42,7 @@ def test_modules_to_save_trains_a_norm_and_the_embedding() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_trained_norms_are_fused_into_residual_adds_and_rotation(family: str) -> None:
-    """Through PEFT's wrapper, whichever copy it runs; nothing of the report is stock, and every norm gets a gradient."""
+    """Through PEFT's wrapper, whichever copy it runs; nothing in the report is stock, every norm gets a gradient."""
     norms = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "q_norm", "k_norm"]
     model = add_lora(base_model(family, torch.float64, **SMALL), modules_to_save=norms, target_modules=["q_proj"])
     twins = twins_of(model)
