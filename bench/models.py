@@ -7,6 +7,7 @@ A side is named by what it is, with suffixes in any order::
     peft-autocast   fp32 adapters and the step under torch.autocast, as the HF Trainer runs with bf16=True
     peft-compile    torch.compile (inductor) of the stock model
     peft-compute32  on 4-bit bases: bnb_4bit_compute_dtype left at its default, fp32
+    peft-liger, peft-trl, peft-lce, unsloth    the rungs of ladder.py
     fuselora[...]   the same model after fuselora.patch_model, same suffixes
     fuselora/no-X   patched with one kind of fusion left out: what X is worth
 
@@ -20,6 +21,7 @@ import contextlib
 import copy
 from dataclasses import dataclass, replace
 
+import ladder
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
@@ -32,7 +34,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TRAINED_B = 0.02  # a few hundred AdamW steps of 1e-4, each at most the rate, from zero
 QUANTIZED = ("nf4", "fp4", "int8")
 INT8_THRESHOLD = 6.0  # activations above it are multiplied in 16 bits; transformers' default
-SUFFIXES = ("bf16", "autocast", "compile", "compute32")
+SUFFIXES = ("bf16", "autocast", "compile", "compute32", *ladder.RUNGS)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Side:
     autocast: bool = False
     compiled: bool = False
     compute32: bool = False
+    rung: str | None = None
     disable: tuple[str, ...] = ()
 
     def stock(self) -> Side:
@@ -69,10 +72,12 @@ def parse_side(name: str, same_dtype: bool = False) -> Side:
     """Read a side's name; ``same_dtype`` gives every side adapters in the dtype of the base model."""
     base, _, without = name.partition("/no-")
     kind, *suffixes = base.split("-")
-    if kind not in ("peft", "fuselora") or any(s not in SUFFIXES for s in suffixes):
+    rungs = [s for s in suffixes if s in ladder.RUNGS] + (["unsloth"] if kind == "unsloth" else [])
+    known = kind in ("peft", "fuselora") or name == "unsloth"
+    if not known or any(s not in SUFFIXES for s in suffixes) or len(rungs) > (kind != "fuselora"):
         raise ValueError(
-            f"side: expected peft or fuselora with suffixes from {', '.join('-' + s for s in SUFFIXES)}, got {name!r}; "
-            "example: --baseline peft-bf16"
+            f"side: expected peft or fuselora with suffixes from {', '.join('-' + s for s in SUFFIXES)} (at most one "
+            f"of {', '.join(ladder.RUNGS)}, and with peft), or unsloth, got {name!r}; example: --baseline peft-bf16"
         )
     if without and without not in KINDS:
         raise ValueError(
@@ -85,6 +90,7 @@ def parse_side(name: str, same_dtype: bool = False) -> Side:
         autocast="autocast" in suffixes,
         compiled="compile" in suffixes,
         compute32="compute32" in suffixes,
+        rung=rungs[0] if rungs else None,
         disable=(without,) if without else (),
     )
 
@@ -161,6 +167,8 @@ def build_side(base: nn.Module, side: Side, lora: LoraShape, *, checkpointing: b
     model = share_copy(base)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if side.rung:
+        ladder.APPLY[side.rung](model)
     adapters = LoraConfig(
         r=lora.rank,
         lora_alpha=2 * lora.rank,

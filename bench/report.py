@@ -95,7 +95,7 @@ def table(run: dict[str, Any]) -> str:
     sides = run["sides"]
     width = max(len(side["name"]) for side in sides)
     header = (
-        f"{'side':{width}} {'step ms':>9} {'p5':>8} {'p95':>8} {'fwd':>8} {'bwd':>8} {'tokens/s':>9} "
+        f"{'side':{width}} {'step ms':>9} {'p5':>8} {'p95':>8} {'fwd':>8} {'bwd':>8} {'/ GEMMs':>8} {'tokens/s':>9} "
         f"{'warm-up s':>10} {'above MiB':>10} {'peak MiB':>9}"
     )
     lines = [header]
@@ -105,7 +105,15 @@ def table(run: dict[str, Any]) -> str:
         used = side.get("memory")
         memory = f"{used['above'] / 2**20:10.0f} {used['peak'] / 2**20:9.0f}" if used else f"{'-':>10} {'-':>9}"
         warm_up = sum(side["warm_up_s"])
-        lines.append(f"{side['name']:{width}}  {milliseconds} {side['tokens_per_s']:9.0f} {warm_up:10.1f} {memory}")
+        over, rate = f"{side['over_gemms']['median']:7.2f}x", f"{side['tokens_per_s']:9.0f}"
+        lines.append(f"{side['name']:{width}}  {milliseconds} {over} {rate} {warm_up:10.1f} {memory}")
+    bare = run["gemms"]
+    rate = bare["flops"] / bare["step_s"]["median"] / 1e9
+    lines.append(
+        f"bare GEMMs: {1e3 * bare['step_s']['median']:.1f} ms for {bare['products']} linears, {rate:.0f} GFLOP/s, "
+        f"{run['model']['dtype']}"
+    )
+    lines += [f"{name}: not run: {reason}" for name, reason in run["missing"].items()]
     for pair in run["comparisons"]:
         ratio = pair["speed_up"]
         text = f"{pair['candidate']} against {pair['baseline']}: {ratio['median']:.2f}x tokens/s"

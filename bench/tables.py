@@ -29,7 +29,9 @@ SIDES = {
     "peft-compile": "torch.compile of stock PEFT",
     "peft-bf16-compile": "torch.compile of stock PEFT with bf16 adapters",
     "peft-compute32": "bitsandbytes' default compute dtype, fp32",
-    "peft-prepared": "after prepare_model_for_kbit_training",
+    "peft-liger": "stock PEFT with Liger's kernels",
+    "peft-trl": "stock PEFT with TRL's fused LM head",
+    "peft-lce": "stock PEFT with torch's linear_cross_entropy",
 }
 
 
@@ -59,7 +61,8 @@ def model_name(run: dict[str, Any]) -> str:
     """What was trained, in a few words."""
     model = run["model"]
     base = {"nf4": "NF4", "fp4": "FP4", "int8": "int8"}.get(model["quantize"] or "", model["dtype"])
-    more = ", checkpointing" if model["checkpointing"] else ""
+    more = ", prepared" if model.get("prepared") else ""
+    more += ", checkpointing" if model["checkpointing"] else ""
     more += f", {model['layout']}" if model.get("layout", "padded") != "padded" else ""
     kind = "" if model["model_type"] == "llama" and "cpu" in model["preset"] else f" {model['model_type']}"
     return f"`{model['preset']}`{kind}, {base}, {model['batch']} x {model['seq']}{more}"
@@ -101,24 +104,56 @@ def headline(folder: Path) -> str:
 
 
 def sides(folder: Path) -> str:
-    """Every side of every run: step with spread, parts, tokens/s, memory."""
-    rows = []
+    """Every side of every run: step with spread, parts, multiple of the bare matrix products, tokens/s, memory;
+    launches and energy where the machine shows them."""
+    rows, more = [], []
     for _, _, run in step_runs(folder):
         for side in run["sides"]:
-            step, used = side["step_s"], side["memory"]
+            step, used, over = side["step_s"], side["memory"], side.get("over_gemms")
             rows.append(
                 (
                     model_name(run),
                     f"`{side['name']}`",
                     f"{1e3 * step['median']:.0f} ({1e3 * step['p5']:.0f}-{1e3 * step['p95']:.0f})",
                     f"{1e3 * step['forward']:.0f} + {1e3 * step['backward']:.0f}",
+                    f"{over['median']:.2f}x" if over else "-",
                     f"{side['tokens_per_s']:.0f}",
                     f"{sum(side['warm_up_s']):.1f}",
                     f"{used['above'] / 2**20:.0f}" if used else "-",
                 )
             )
-    header = ("model, tokens", "side", "step ms, median (p5-p95)", "forward + backward ms", "tokens/s", "warm-up s")
-    return markdown((*header, "MiB above the model"), rows)
+            joules = step.get("joules")
+            more.append((str(side.get("launches") or "-"), "-" if joules is None else f"{joules:.1f}"))
+    header = ("model, tokens", "side", "step ms, median (p5-p95)", "forward + backward ms", "over bare GEMMs")
+    header = (*header, "tokens/s", "warm-up s", "MiB above the model")
+    shown = [i for i in (0, 1) if any(cells[i] != "-" for cells in more)]
+    rows = [(*row, *(cells[i] for i in shown)) for row, cells in zip(rows, more, strict=True)]
+    return markdown((*header, *(("launches", "J per step")[i] for i in shown)), rows)
+
+
+def gemms(folder: Path) -> str:
+    """The bare matrix products of each run: how far they are from the machine's rate, and the candidate from them."""
+    rows = []
+    for _, _, run in step_runs(folder):
+        if (bare := run.get("gemms")) is None:
+            continue
+        ours = next(side for side in run["sides"] if side["name"] == run["comparisons"][0]["candidate"])
+        over, rate = ours["over_gemms"], bare["flops"] / bare["step_s"]["median"]
+        rows.append(
+            (
+                model_name(run),
+                f"{1e3 * bare['step_s']['median']:.0f} ms, {rate / 1e9:.0f} GFLOP/s",
+                f"{rate / run['limits'][_limit(run)]:.0%}",
+                f"{1e3 * ours['step_s']['median']:.0f} ms",
+                f"**{over['median']:.2f}x** [{over['low']:.2f}, {over['high']:.2f}]",
+            )
+        )
+    header = ("model, tokens", "bare GEMMs", "of a square product's rate", "fuselora's step", "step over bare GEMMs")
+    return markdown(header, rows)
+
+
+def _limit(run: dict[str, Any]) -> str:
+    return "matmul_fp32_flop_per_s" if run["model"]["dtype"] == "fp32" else "matmul_flop_per_s"
 
 
 def gates(folder: Path) -> str:
@@ -220,6 +255,7 @@ def methods(folder: Path) -> str:
 KINDS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "sides": sides,
+    "gemms": gemms,
     "gates": gates,
     "noise": noise,
     "toggles": toggles,

@@ -1,7 +1,8 @@
 """Step times of several models in one process, interleaved so that a change of the machine's speed meets all alike.
 
 A step is forward with labels, backward, fused AdamW on the adapters, ``zero_grad(set_to_none=True)``. Each round runs
-every side once, in turn forwards and backwards (A B, B A, ...); the ratio of two sides is taken within a round, and its
+every side once, and the next one begins with another (A B C, B C A, ...), so that each stands equally often in each
+place and, of three or more, none steps twice in a row; the ratio of two sides is taken within a round, and its
 confidence interval by resampling rounds. The processor time of a step, all threads, is kept beside: where it disagrees
 with wall time, other programs had the machine.
 """
@@ -14,6 +15,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import energy
 import models
@@ -36,6 +38,12 @@ class StepTime:
     joules: float | None = None
 
 
+class Stepper(Protocol):
+    """Whatever takes turns."""
+
+    def step(self) -> StepTime: ...
+
+
 class Trainer:
     """One side, ready to step."""
 
@@ -49,17 +57,17 @@ class Trainer:
 
     def step(self) -> StepTime:
         before = self.energy() if self.energy else None
-        clock = CudaClock() if self.device.type == "cuda" else Clock()
-        clock.mark()
+        clock_of_step = clock(self.device)
+        clock_of_step.mark()
         with models.autocast(self.side, self.device):
             loss = self.model(**self.batch).loss
-        clock.mark()
+        clock_of_step.mark()
         loss.backward()
-        clock.mark()
+        clock_of_step.mark()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        clock.mark()
-        time_taken = clock.read()
+        clock_of_step.mark()
+        time_taken = clock_of_step.read()
         return time_taken if before is None else replace(time_taken, joules=self.energy() - before)
 
 
@@ -100,12 +108,17 @@ class CudaClock(Clock):
         return StepTime(total, *parts, time.process_time() - self.processor)
 
 
-def warm_up(trainer: Trainer, steps: int) -> list[float]:
+def clock(device: torch.device) -> Clock:
+    """A clock for four marks: start, after the forward pass, after the backward pass, end."""
+    return CudaClock() if device.type == "cuda" else Clock()
+
+
+def warm_up(trainer: Stepper, steps: int) -> list[float]:
     """Seconds of the first steps; the first holds compilation and first-use costs."""
     return [trainer.step().total for _ in range(steps)]
 
 
-def interleave(trainers: Sequence[Trainer], rounds: int) -> list[list[StepTime]]:
+def interleave(trainers: Sequence[Stepper], rounds: int) -> list[list[StepTime]]:
     """``rounds`` step times per trainer; element [i][j] is trainer i in round j."""
     times: list[list[StepTime]] = [[] for _ in trainers]
     order = list(range(len(trainers)))
@@ -115,7 +128,7 @@ def interleave(trainers: Sequence[Trainer], rounds: int) -> list[list[StepTime]]
         for _ in range(rounds):
             for i in order:
                 times[i].append(trainers[i].step())
-            order.reverse()
+            order.append(order.pop(0))
     finally:
         gc.enable()
     return times

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,20 @@ import pytest
 import torch
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-SCRIPTS = ("energy", "layer", "machine", "memory", "models", "parity", "presets", "report", "timing", "train_step")
+SCRIPTS = (
+    "energy",
+    "gemms",
+    "ladder",
+    "layer",
+    "machine",
+    "memory",
+    "models",
+    "parity",
+    "presets",
+    "report",
+    "timing",
+    "train_step",
+)
 QUICK = ["--preset", "tiny", "--rounds", "3", "--warmup", "1", "--baseline", "peft"]
 
 
@@ -43,6 +57,8 @@ def test_tiny_preset_end_to_end(bench, tmp_path, capsys):
         assert len(side["steps_s"]) == step["rounds"] == 3
         assert 0 < step["p5"] <= step["median"] <= step["p95"]
         assert side["tokens_per_s"] == pytest.approx(2 * 24 / step["median"])
+        assert side["over_gemms"]["median"] == pytest.approx(step["median"] / run["gemms"]["step_s"]["median"], rel=0.9)
+    assert run["model"]["heap"] == "kept" and run["missing"] == {} and run["gemms"]["products"] == 15
     (pair,) = run["comparisons"]
     assert pair["speed_up"]["low"] <= pair["speed_up"]["median"] <= pair["speed_up"]["high"]
     assert "fuselora against peft:" in capsys.readouterr().out
@@ -146,6 +162,55 @@ def test_paired_ratio_and_order(bench):
 
     timing.interleave([Recorder("a"), Recorder("b")], 2)
     assert order == ["a", "b", "b", "a"]
+    order.clear()
+    timing.interleave([Recorder(name) for name in "abc"], 3)
+    assert "".join(order) == "abcbcacab"
+    assert all(a != b for a, b in itertools.pairwise(order)), "a side that steps twice in a row finds its caches warm"
+
+
+def test_bare_products_are_those_of_the_frozen_linears(bench):
+    """Forward and dX of 14 linears on all tokens, no dX behind the frozen embedding, the head on the trained rows."""
+    models, gemms = bench["models"], bench["gemms"]
+    config, batch, seq = bench["presets"].load_config("tiny", None)
+    device, h, i, kv = torch.device("cpu"), 48, 88, 24
+    data = models.random_batch(config, batch, seq, device, 0)
+    for quantize in (None, "nf4"):
+        if quantize:
+            pytest.importorskip("bitsandbytes")
+        base = models.build_base(config, torch.bfloat16, device, 0, quantize)
+        model = models.build_side(base, models.parse_side("peft"), models.LoraShape(), checkpointing=False, seed=0)
+        bare = gemms.BareGemms(gemms.products(model, data, torch.bfloat16), torch.bfloat16, device)
+        layer, first = 2 * h * h + 2 * h * kv + 3 * h * i, h * h + 2 * h * kv
+        trained = 2 * (24 - 6)
+        assert bare.flops == 2 * 48 * (4 * layer - first) + 4 * trained * 211 * h
+        assert bare.step().total > 0
+
+
+def test_rungs_of_the_ladder_compute_the_loss_of_stock(bench):
+    models, ladder = bench["models"], bench["ladder"]
+    config, batch, seq = bench["presets"].load_config("tiny", None)
+    device, losses = torch.device("cpu"), {}
+    base = models.build_base(config, torch.float32, device, 0)
+    data = models.random_batch(config, batch, seq, device, 0)
+    for name in ("peft", "peft-trl", "peft-lce"):
+        side = models.parse_side(name)
+        if side.rung and ladder.unavailable(side.rung, config, device):
+            continue
+        model = models.build_side(base, side, models.LoraShape(), checkpointing=False, seed=0)
+        losses[name] = model(**data, **ladder.INPUTS.get(side.rung or "", {})).loss.item()
+    assert len(losses) > 1 and list(losses.values()) == pytest.approx([losses["peft"]] * len(losses), rel=1e-5)
+
+
+def test_a_rung_that_is_not_installed_is_named_with_the_reason(bench, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    arguments = ["--no-memory", "--rounds", "1", "--json", str(path)]
+    assert bench["train_step"].main([*QUICK, "unsloth", "peft-liger", *arguments]) == 0
+    (run,) = json.loads(path.read_text())["runs"]
+    assert set(run["missing"]) == {"unsloth", "peft-liger"} and [s["name"] for s in run["sides"]] == [
+        "peft",
+        "fuselora",
+    ]
+    assert "unsloth: not run: unsloth is not installed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -154,6 +219,8 @@ def test_paired_ratio_and_order(bench):
         (["--baseline", "liger"], "side: expected peft or fuselora"),
         (["--config", "nowhere.json"], "--config: expected a Hugging Face config.json, got 'nowhere.json'"),
         (["--dropout", "1"], "--dropout: expected 0 <= p < 1, got 1.0"),
+        (["--baseline", "--rounds", "1"], "--baseline: expected a side to compare with, got none"),
+        (["--baseline", "fuselora-trl"], "side: expected peft or fuselora"),
         (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
         (["--candidate", "fuselora/no-lunch"], "side: expected one of"),
     ],
