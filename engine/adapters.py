@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fuselora.engine.base_name import ADAPTER_FILE, check_name
+from fuselora.engine.base_name import ADAPTER_FILE, MAIN, check_name
 from fuselora.engine.config import Config
 from fuselora.engine.errors import UserError, expected, first_line
 from fuselora.engine.fingerprint import base_fingerprint, chain
@@ -136,6 +136,7 @@ def lora_config(config: Config, tied: bool = False) -> LoraConfig:
     extra = list(config.additional_target)
     return LoraConfig(
         task_type="CAUSAL_LM",
+        revision=None if config.model_revision == MAIN else config.model_revision,
         r=config.lora_rank,
         lora_alpha=config.alpha,
         lora_dropout=config.lora_dropout,

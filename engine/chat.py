@@ -149,8 +149,12 @@ def prompt_ids(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -
     return Renderer(tokenizer).ids(conversation[:-1], prompt=True)
 
 
-def epoch_order(count: int, *, seed: int, epoch: int) -> list[int]:
-    """A permutation of ``range(count)`` that is a pure function of (seed, epoch), so a resumed run needs no state."""
+def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
+    """A permutation of ``range(count)`` that is a pure function of (seed, epoch), so a resumed run needs no state.
+    Without ``shuffle`` the identity.
+    """
+    if not shuffle:
+        return list(range(count))
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(count, generator=generator).tolist()
 

@@ -23,6 +23,7 @@ def check(config: Config) -> None:
     _check_ranges(config)
     _check_combinations(config)
     _check_method(config)
+    _check_optimizer(config)
 
 
 def _check_choices(config: Config) -> None:
@@ -72,6 +73,23 @@ def _check_ranges(config: Config) -> None:
             raise expected(key, want, value, "choose a value in that range")
     if config.val_size >= 1 and config.val_size != int(config.val_size):
         raise expected("val_size", "a share below 1 or a whole number of rows", config.val_size, "choose one of those")
+
+
+OWN_KEYS = {
+    "lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "betas": "adam_beta1 and adam_beta2",
+    "eps": "adam_epsilon",
+    "params": "finetuning_type",
+}
+
+
+def _check_optimizer(config: Config) -> None:
+    for name in config.optim_args or {}:
+        if name in OWN_KEYS:
+            raise expected(
+                "optim_args", f"nothing that has a key: {', '.join(OWN_KEYS)}", name, f"set {OWN_KEYS[name]}"
+            )
 
 
 def _check_method(config: Config) -> None:

@@ -27,6 +27,7 @@ TRANSLATED: dict[str, tuple[str, dict[Any, Any] | None]] = {
     "activation_checkpointing": ("gradient_checkpointing", {True: True, False: False}),
     "evaluation_strategy": ("eval_strategy", None),
     "no_cuda": ("use_cpu", {True: True}),
+    "train_sampling_strategy": ("disable_shuffling", {"sequential": True}),
 }
 
 HARMLESS: dict[str, str] = {
@@ -39,7 +40,7 @@ HARMLESS: dict[str, str] = {
         "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
         "dataloader_multiprocessing_context dataloader_in_order accelerator_config"
     ),
-    "order of the rows only": "group_by_length train_sampling_strategy",
+    "order of the rows only": "group_by_length",
     "how weights are loaded": "low_cpu_mem_usage quantization_device_map offload_folder",
     "nothing is generated or cached while training": (
         "infer_backend infer_dtype use_kv_cache use_cache do_sample temperature top_p top_k num_beams max_length "
@@ -64,6 +65,9 @@ HARMLESS: dict[str, str] = {
     "arithmetic and memory are chosen by the kernels": (
         "tf32 full_determinism torch_empty_cache_steps gradient_checkpointing_kwargs activation_checkpointing_kwargs "
         "liger_kernel_config use_v1_kernels bf16_full_eval eval_accumulation_steps"
+    ),
+    "norms, the head's output and the loss are computed in fp32 whatever the weights are": (
+        "upcast_layernorm upcast_lmhead_output"
     ),
     "evaluation is the loss per trained token": (
         "prediction_loss_only eval_do_concat_batches eval_use_gather_object include_for_metrics batch_eval_metrics "
@@ -104,7 +108,6 @@ _LATER = "it does not exist here yet; remove it"
 # key: (values that ask for nothing, what to do instead)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "adapter_folder": (_OFF, "give the adapter's full path instead"),
-    "model_revision": ((None, "main"), "download that revision and name its folder in model_name_or_path"),
     "hf_hub_token": (_OFF, "set HF_TOKEN in the environment, so that no file holds the secret"),
     "ms_hub_token": (_OFF, "set MODELSCOPE_API_TOKEN in the environment, so that no file holds the secret"),
     "om_hub_token": (_OFF, "the openMind hub is not supported; download the model and name its folder"),
@@ -114,14 +117,13 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_swanlab": (_OFF, "read trainer_log.jsonl, or set report_to"),
     "resize_vocab": (_OFF, "resize the embeddings once, save the model and name its folder"),
     "add_tokens": (_OFF, "add the tokens to the tokenizer and model once, save them and name their folder"),
+    "new_special_tokens": (_OFF, "add the tokens to the tokenizer and model once, save them and name their folder"),
     "add_special_tokens": (_OFF, "add the tokens to the tokenizer and model once, save them and name their folder"),
     "new_special_tokens_config": (_OFF, "add the tokens to the tokenizer and model once and name their folder"),
     "split_special_tokens": (_OFF, "special tokens of the template are always one token here"),
     "mixture_of_depths": (_OFF, "its library is abandoned and does not run with current transformers; remove it"),
     "use_llama_pro": (_OFF, "expand the blocks beforehand and train them as the base; the key " + _LATER),
     "moe_aux_loss_coef": (_OFF, "set router_aux_loss_coef in the model's config.json"),
-    "upcast_layernorm": (_OFF, "norms are already computed in fp32 whatever the weights are; remove it"),
-    "upcast_lmhead_output": (_OFF, "the loss is already computed in fp32 from the head's output; remove it"),
     "train_from_scratch": (_OFF, "save a freshly initialised model and name its folder in model_name_or_path"),
     "reward_model": (_OFF, _LATER),
     "reward_model_adapters": (_OFF, _LATER),
@@ -146,13 +148,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_mca": (_OFF, "remove it: Megatron is another backend; this one trains in PyTorch"),
     "use_megatron_bridge": (_OFF, "remove it: Megatron is another backend; this one trains in PyTorch"),
     "use_hyper_parallel": (_OFF, "remove it: HyperParallel is another backend; this one trains in PyTorch"),
-    "optim_args": (_OFF, "set adam_beta1, adam_beta2 and adam_epsilon"),
     "optim_target_modules": (_OFF, _LATER),
     "freeze_language_model": (_OFF, "there is nothing else to train yet; remove it"),
     "compute_accuracy": (_OFF, "read eval_loss; accuracy does not exist here yet"),
     "predict_with_generate": (_OFF, "train, then generate with the saved adapter"),
     "do_predict": (_OFF, "train, then generate with the saved adapter"),
-    "disable_shuffling": (_OFF, _LATER),
     "eval_on_each_dataset": (_OFF, "evaluation is over all held-out sets together; run one at a time"),
     "preserve_thinking": (_OFF, "pass template: a file that keeps the reasoning of earlier turns"),
     "dataloader_drop_last": (_OFF, "the last, smaller step of an epoch is trained too; remove it"),
@@ -178,6 +178,14 @@ SECOND_FORMAT = {
     "dist_config": "deepspeed or fsdp",
     "optim_config": "optim",
 }
+
+
+MEGATRON = frozenset(
+    "tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size context_parallel_size "
+    "virtual_pipeline_model_parallel_size sequence_parallel recompute_granularity recompute_method "
+    "recompute_num_layers bias_activation_fusion apply_rope_fusion moe_grouped_gemm moe_token_dispatcher_type "
+    "use_distributed_optimizer overlap_param_gather overlap_grad_reduce megatron_bridge_args".split()
+)
 
 
 @dataclass(frozen=True)
@@ -250,4 +258,6 @@ def unknown_key(key: str, known: Collection[str]) -> UserError:
     hint = f"did you mean {near[0]!r}?" if near else "see docs/config.md"
     if key in SECOND_FORMAT:
         hint = f"write {SECOND_FORMAT[key]}: the file is in LLaMA-Factory's second format, and the first is read here"
+    if key in MEGATRON:
+        hint = "remove it: Megatron is another backend; this one trains in PyTorch, fsdp: full_shard shards weights"
     return UserError(f"unknown key {key!r}: expected one of the keys of docs/config.md; {hint}")

@@ -45,6 +45,7 @@ class ModelKeys:
     model_name_or_path: str = _key(
         "model", "", "Hub id or folder of the base model; `quickstart` builds and caches a small one."
     )
+    model_revision: str = _key("model", "main", "Branch, tag or commit of a hub id.")
     cache_dir: str | None = _key(
         "model", None, "Folder of the quickstart base and of hub downloads; unset: the user's cache."
     )
@@ -153,6 +154,7 @@ class DataKeys:
     eval_dataset: tuple[str, ...] = _key("data", (), "Held-out sets; `quickstart`: the built-in held-out pairs.")
     val_size: float = _key("data", 0.0, "Held-out share (below 1) or number of rows taken from `dataset`.")
     max_samples: int | None = _key("data", None, "Use at most this many rows of each set.")
+    disable_shuffling: bool = _key("data", False, "Take the rows in their order, the same in every epoch.")
     mix_strategy: str = _key(
         "data",
         "concat",
@@ -248,6 +250,12 @@ class TrainKeys:
         "auto",
         "Optimizer; auto: AdamW, on a GPU in three launches for all weights. 8bit and paged ones need bitsandbytes.",
         OPTIMIZERS,
+    )
+    optim_args: dict[str, Any] | None = _key(
+        "train",
+        None,
+        "Further arguments of the optimizer, as `momentum=0.9,nesterov=true` or a mapping; rates, decay, betas and "
+        "epsilon have keys of their own.",
     )
     loraplus_lr_ratio: float | None = _key("train", None, "LoRA+: learning rate of B over that of A; unset: equal.")
     loraplus_lr_embedding: float = _key("train", 1e-6, "LoRA+: learning rate of LoRA on embeddings.")

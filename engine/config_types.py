@@ -8,6 +8,8 @@ import typing
 from dataclasses import Field
 from typing import Any
 
+import yaml
+
 from fuselora.engine.errors import expected
 
 
@@ -34,7 +36,7 @@ def coerce(f: Field[Any], hint: Any, value: Any) -> Any:
                 continue
         if kind is str and isinstance(value, str):
             return value
-        if typing.get_origin(kind) is dict and (mapping := _mapping(value)) is not None:
+        if typing.get_origin(kind) is dict and (mapping := _mapping(value, pairs=str not in kinds)) is not None:
             return mapping
         if typing.get_origin(kind) is tuple:
             parts = value.split(",") if isinstance(value, str) else value
@@ -54,9 +56,12 @@ def _numbers(parts: Any) -> tuple[float, ...] | None:
         return None
 
 
-def _mapping(value: Any) -> dict[str, Any] | None:
-    """A mapping, also as a line of JSON, which is how overrides give one."""
+def _mapping(value: Any, *, pairs: bool) -> dict[str, Any] | None:
+    """A mapping, also as a line of JSON, which is how overrides give one, or as ``pairs``: key=value,key=value."""
     if isinstance(value, str):
+        words = [part.partition("=") for part in value.split(",")]
+        if pairs and all(equals for _, equals, _ in words):
+            return {key.strip(): yaml.safe_load(text) for key, _, text in words}
         try:
             value = json.loads(value)
         except json.JSONDecodeError:

@@ -112,8 +112,7 @@ class Stream:
             block = list(itertools.islice(mixture, self.config.buffer_size))
             if not block:
                 break
-            generator = np.random.default_rng((self.config.order_seed, here.epoch, here.block))
-            for number in generator.permutation(len(block))[here.taken :]:
+            for number in self._order(len(block), here)[here.taken :]:
                 for example in self._examples(block[number], here)[here.pieces :]:
                     here.pieces += 1
                     yield example
@@ -122,6 +121,11 @@ class Stream:
         if not here.read:
             raise expected("dataset", "rows that can be trained on", "an empty stream", "add rows")
         self.position = Position(epoch=here.epoch + 1, read=here.read, bad=here.bad)
+
+    def _order(self, rows: int, here: Position) -> np.ndarray[Any, Any]:
+        if self.config.disable_shuffling:
+            return np.arange(rows)
+        return np.random.default_rng((self.config.order_seed, here.epoch, here.block)).permutation(rows)
 
     def _examples(self, row: Placed, here: Position) -> list[AnyExample]:
         """The trained examples of a row; counts it, unless it was begun before a resume."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fuselora.engine.chat import IGNORE, Example, epoch_order, micro_batches
+from fuselora.engine.chat import IGNORE, Example, micro_batches
 from fuselora.engine.config import Config
 from fuselora.engine.distributed import World
 from fuselora.engine.errors import expected
@@ -49,7 +49,6 @@ class StepData:
         if self.units is None and config.max_steps <= 0:
             raise expected("max_steps", "a number of steps for a stream, which has no length", "none", "set max_steps")
         self.steps_per_epoch = None if self.units is None else math.ceil(len(self.units) / batch)
-        self._order: tuple[int, list[int]] = (-1, [])  # of an epoch
         self._stream: Iterator[Example] | None = None
 
     def take(self, step: int) -> StepPlan:
@@ -59,9 +58,7 @@ class StepData:
             span = slice(position * self.batch, (position + 1) * self.batch)
             if self.config.packed:
                 return StepPlan(step, list(self.units.of_epoch(epoch)[span]))
-            if epoch != self._order[0]:
-                self._order = epoch, epoch_order(len(self.units), seed=self.config.order_seed, epoch=epoch)
-            rows = self._order[1][span]
+            rows = self.units.of_epoch(epoch).order[span]
             return StepPlan(step, [self.units.examples[i] for i in rows], rows=rows)
         before = self.state()
         return StepPlan(step, [self._next() for _ in range(self.batch)], before)

@@ -28,7 +28,7 @@ def run_identity(model: nn.Module, train: Iterable[Example], config: Config, bat
             weights.update(p.detach().reshape(-1)[:16].cpu().view(torch.uint8).numpy().tobytes())
     return {
         "per_device_train_batch_size x gradient_accumulation_steps x processes": batch,
-        "data_seed": config.order_seed,
+        "data_seed": "none with disable_shuffling" if config.disable_shuffling else config.order_seed,
         "packing to": config.cutoff_len if config.packed else None,
         "optim": config.optim,
         "lora_alpha": config.alpha,

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fuselora.engine import attention_dispatch, longlora, quickstart
-from fuselora.engine.base_name import MODEL_FILE, check_name
+from fuselora.engine.base_name import MAIN, MODEL_FILE, check_name
 from fuselora.engine.chat_templates import set_template
 from fuselora.engine.config import Config
+from fuselora.engine.data_info import use_modelscope
 from fuselora.engine.errors import UserError, expected, first_line
 from fuselora.engine.kbit import keep_weights_in_place, misread_on_cpu
 from fuselora.engine.methods import prepare_method
@@ -30,6 +31,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
 def pick_device(config: Config) -> torch.device:
@@ -45,9 +47,29 @@ def resolve_base(config: Config) -> str:
         except OSError as error:
             remedy = "make room or set it to another folder"
             raise expected("cache_dir", "room and the right to write", first_line(error), remedy) from error
-    check_name("model_name_or_path", name, MODEL_FILE, config.cache_dir)
+    check_name("model_name_or_path", name, MODEL_FILE, config.cache_dir, config.model_revision)
     folder = Path(name).expanduser()
-    return str(folder) if folder.is_dir() else name
+    if folder.is_dir():
+        return str(folder)
+    return download(config) if use_modelscope() or config.model_revision != MAIN else name
+
+
+def download(config: Config) -> str:
+    """The folder in a hub's cache with ``model_name_or_path`` at ``model_revision``, downloaded if it isn't there."""
+    name, options = config.model_name_or_path, {"cache_dir": config.cache_dir, "allow_patterns": NEEDED_FILES}
+    try:
+        if not use_modelscope():
+            from huggingface_hub import snapshot_download
+
+            return snapshot_download(name, revision=config.model_revision, **options)
+        from modelscope import snapshot_download as from_modelscope
+
+        revision = "master" if config.model_revision == MAIN else config.model_revision
+        return from_modelscope(name, revision=revision, **options)
+    except ImportError as error:
+        raise expected("USE_MODELSCOPE_HUB", "modelscope", first_line(error), "run: pip install modelscope") from error
+    except (OSError, ValueError) as error:
+        raise _unloadable("model", f"{name} at {config.model_revision}", error) from error
 
 
 def load_tokenizer(base: str, config: Config) -> PreTrainedTokenizerBase:
@@ -95,6 +117,9 @@ def load_base(base: str, config: Config, dtype: torch.dtype) -> PreTrainedModel:
     except (OSError, ValueError, ImportError) as error:
         raise _unloadable("model", base, error) from error
     follow_length(model)
+    if base != config.model_name_or_path and not Path(config.model_name_or_path).expanduser().is_dir():
+        if config.model_name_or_path != quickstart.NAME:
+            model.name_or_path = config.model_name_or_path  # what the adapter names, rather than a folder of a cache
     return model
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fuselora.engine.config import Config
-from fuselora.engine.errors import expected
+from fuselora.engine.errors import expected, first_line
 from fuselora.engine.fused_adamw import FusedAdamW
 
 BITSANDBYTES = {
@@ -38,24 +38,36 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """
     groups = parameter_groups(model, config)
     adam: dict[str, Any] = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
-    optimizer: torch.optim.Optimizer
-    if config.optim == "auto":
-        optimizer = _auto(groups, config.learning_rate, adam)
-    elif config.optim.startswith("adamw_torch"):
-        fused = True if config.optim == "adamw_torch_fused" else None
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, **adam)
-    elif config.optim == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=config.learning_rate)
-    elif config.optim == "adafactor":
-        from transformers.optimization import Adafactor
-
-        groups = _without_names(groups)
-        optimizer = Adafactor(groups, lr=config.learning_rate, scale_parameter=False, relative_step=False)
-    else:
-        optimizer = _bitsandbytes(config, _without_names(groups), adam)
+    more = config.optim_args or {}
+    try:
+        optimizer = _of_kind(config, groups, adam, more)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if not more:
+            raise
+        want = f"arguments of {config.optim}"
+        raise expected("optim_args", want, f"{more} ({first_line(error)})", "correct or drop them") from error
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def _of_kind(
+    config: Config, groups: list[dict[str, Any]], adam: dict[str, Any], more: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """``adam``: what Adam and its kin take; ``more``: ``optim_args``."""
+    if config.optim == "auto":
+        return _auto(groups, config.learning_rate, adam | more)
+    if config.optim.startswith("adamw_torch"):
+        fused = True if config.optim == "adamw_torch_fused" else None
+        return torch.optim.AdamW(groups, lr=config.learning_rate, **{"fused": fused} | adam | more)
+    if config.optim == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, **more)
+    if config.optim == "adafactor":
+        from transformers.optimization import Adafactor
+
+        groups = _without_names(groups)
+        return Adafactor(groups, lr=config.learning_rate, **{"scale_parameter": False, "relative_step": False} | more)
+    return _bitsandbytes(config, _without_names(groups), adam | more)
 
 
 def _auto(groups: list[dict[str, Any]], rate: float, adam: dict[str, Any]) -> torch.optim.AdamW:

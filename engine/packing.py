@@ -98,16 +98,14 @@ def best_fit(lengths: Sequence[int], capacity: int, order: Sequence[int] | None 
     return rows
 
 
-def pack_rows(lengths: Sequence[int], capacity: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """``best_fit`` with equal lengths in the epoch's order, and the rows shuffled by it."""
+def pack_rows(lengths: Sequence[int], capacity: int, *, seed: int, epoch: int, shuffle: bool = True) -> list[list[int]]:
+    """``best_fit`` with equal lengths in the epoch's order, and the rows shuffled by it; without ``shuffle`` each row's
+    indices ascend, and the rows by their first.
+    """
+    if not shuffle:
+        return sorted(map(sorted, best_fit(lengths, capacity)))
     rows = best_fit(lengths, capacity, epoch_order(len(lengths), seed=seed, epoch=epoch))
     return [rows[row] for row in epoch_order(len(rows), seed=seed, epoch=epoch)]
-
-
-def pack_epoch(examples: Sequence[AnyExample], capacity: int, *, seed: int, epoch: int) -> list[Pack]:
-    """All examples in packs of at most ``capacity`` tokens, in the order of this epoch."""
-    rows = pack_rows([tokens_of(example) for example in examples], capacity, seed=seed, epoch=epoch)
-    return [join(examples[i] for i in row) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -172,12 +170,16 @@ class Units:
     def of_epoch(self, epoch: int) -> Epoch:
         """The epoch's units; the order of the last epoch asked for is kept."""
         if self._current is None or self._current[0] != epoch:
-            seed = self.config.order_seed
+            how: dict[str, Any] = {
+                "seed": self.config.order_seed,
+                "epoch": epoch,
+                "shuffle": not self.config.disable_shuffling,
+            }
             order: list[Any]
             if self.config.packed:
-                order = pack_rows(self.lengths, self.config.cutoff_len, seed=seed, epoch=epoch)
+                order = pack_rows(self.lengths, self.config.cutoff_len, **how)
             else:
-                order = epoch_order(len(self.examples), seed=seed, epoch=epoch)
+                order = epoch_order(len(self.examples), **how)
             self._current = epoch, Epoch(self.examples, order)
         return self._current[1]
 

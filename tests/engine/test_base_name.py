@@ -2,8 +2,10 @@
 
 import json
 import socket
+import sys
 import threading
 import time
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from fuselora.engine.base_name import ADAPTER_FILE, MODEL_FILE, check_name, check_names
 from fuselora.engine.config import Config
 from fuselora.engine.errors import UserError
+from fuselora.engine.model import resolve_base
 
 KEY = "model_name_or_path"
 
@@ -87,6 +90,35 @@ def test_id_of_the_hub(hub):
     assert "no such repository" in sentence("org/absent")
     assert f"has no {ADAPTER_FILE}" in sentence("org/there", ADAPTER_FILE)
     assert len(hub) == 3
+
+
+def test_revision(hub):
+    keys = {"model_name_or_path": "org/there", "dataset": "d", "output_dir": "o", "model_revision": "v1.0"}
+    check_names(Config(**keys))
+    assert hub == [f"/org/there/resolve/v1.0/{MODEL_FILE}"]
+
+
+def test_a_folder_has_no_revisions(tmp_path):
+    (tmp_path / MODEL_FILE).write_text("{}")
+    keys = {"model_name_or_path": str(tmp_path), "dataset": "d", "output_dir": "o", "model_revision": "v1.0"}
+    with pytest.raises(UserError, match="^model_revision: expected main with a folder"):
+        check_names(Config(**keys))
+
+
+@pytest.mark.parametrize("modelscope", [False, True])
+def test_another_revision_or_hub_comes_as_a_folder(modelscope, monkeypatch, tmp_path, hub):
+    """The library of either hub downloads; here it says what it was asked."""
+    import huggingface_hub
+
+    asked = []
+    snapshot = lambda name, **options: asked.append((name, options["revision"])) or str(tmp_path)  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setitem(sys.modules, "modelscope", types.SimpleNamespace(snapshot_download=snapshot))
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1" if modelscope else "0")
+    keys = {"model_name_or_path": "org/there", "dataset": "d", "output_dir": "o"}
+    config = Config(**keys | ({} if modelscope else {"model_revision": "v1.0"}))
+    assert resolve_base(config) == str(tmp_path)
+    assert asked == [("org/there", "master" if modelscope else "v1.0")] and bool(hub) != modelscope
 
 
 def test_id_in_the_cache(hub, tmp_path, monkeypatch):

@@ -57,6 +57,8 @@ def test_translation_changes_the_key():
     assert load_config([*REQUIRED, "evaluation_strategy=no"]).eval_strategy == "no"
     assert load_config([*REQUIRED, "no_cuda=true"]).use_cpu
     assert not load_config([*REQUIRED, "no_cuda=false"]).use_cpu
+    assert load_config([*REQUIRED, "train_sampling_strategy=sequential"]).disable_shuffling
+    assert not load_config([*REQUIRED, "train_sampling_strategy=random"]).disable_shuffling
     assert load_config([*REQUIRED, "activation_checkpointing=false"]).gradient_checkpointing == "off"
 
 
@@ -92,6 +94,11 @@ def test_unknown_key_may_resemble_theirs(key, near):
 def test_second_format_is_told_apart(key):
     with pytest.raises(UserError, match=f"unknown key '{key}'.*write .*first"):
         load_config([*REQUIRED, f"{key}=x"])
+
+
+def test_keys_of_megatron_are_told_apart():
+    with pytest.raises(UserError, match="unknown key 'tensor_model_parallel_size'.*Megatron"):
+        load_config([*REQUIRED, "tensor_model_parallel_size=2"])
 
 
 def test_json_file_and_dashed_arguments(tmp_path):

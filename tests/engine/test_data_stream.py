@@ -14,6 +14,13 @@ from fuselora.engine.output import open_output_dir
 from fuselora.engine.trainer import Trainer
 
 
+def test_rows_in_their_order(make_stream, tokenizer):
+    stream = make_stream(disable_shuffling=True).train
+    texts = [tokenizer.decode(example.input_ids) for example in stream]
+    assert [text.split("Join ")[1].split("<")[0] for text in texts] == [str(i) for i in range(24)]
+    assert texts == [tokenizer.decode(example.input_ids) for example in stream]
+
+
 @pytest.fixture
 def make_stream(make_config, tokenizer, dataset_dir):
     rows = [{"instruction": f"Other {i}", "output": "path"} for i in range(7)]

@@ -62,6 +62,7 @@ def test_warmup_steps_replaces_ratio(make_config):
 def keys(**overrides):
     values = {"weight_decay": 0.1, "learning_rate": 1e-3, "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_epsilon": 1e-7}
     values |= {"optim": "auto", "loraplus_lr_ratio": None, "loraplus_lr_embedding": 1e-6}
+    values |= {"optim_args": None, "deepspeed": None}
     return types.SimpleNamespace(**values | overrides)
 
 
@@ -127,3 +128,25 @@ def test_a_step_that_is_not_allowed_changes_nothing(kind, finite):
         assert all(changed) if ok else not any(changed)
     steps = {float(state["step"]) for state in optimizer.state.values() if "step" in state}
     assert steps in ({3.0 if finite else 2.0}, set())
+
+
+@pytest.mark.parametrize(
+    ("optim_name", "arguments", "want"),
+    [
+        ("sgd", "momentum=0.9, nesterov=true", {"momentum": 0.9, "nesterov": True}),
+        ("adamw_torch", "amsgrad=true", {"amsgrad": True, "betas": (0.9, 0.999)}),
+        ("adafactor", {"clip_threshold": 0.5}, {"clip_threshold": 0.5, "relative_step": False}),
+    ],
+)
+def test_further_arguments(make_config, optim_name, arguments, want):
+    optimizer = optim.build_optimizer(torch.nn.Linear(3, 3), make_config(optim=optim_name, optim_args=arguments))
+    assert {name: optimizer.param_groups[0][name] for name in want} == want
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [("rank=64", "rank"), ("momentum", "a mapping"), ("lr=1", "learning_rate"), ("betas=[0.9,0.9]", "")],
+)
+def test_arguments_that_an_optimizer_does_not_take(make_config, arguments, words):
+    with pytest.raises(UserError, match=f"^optim_args: expected .*{words}"):
+        optim.build_optimizer(torch.nn.Linear(3, 3), make_config(optim="sgd", optim_args=arguments))

@@ -21,6 +21,12 @@ CPU = torch.device("cpu")
 LENGTHS = (5, 9, 4, 7, 12, 3)
 
 
+def pack_epoch(examples, capacity, **order):
+    """The packs of one epoch."""
+    rows = packing.pack_rows([packing.tokens_of(example) for example in examples], capacity, **order)
+    return [packing.join(examples[i] for i in row) for row in rows]
+
+
 def examples_of(lengths, seed=0):
     """Random tokens; about a third of each untrained. The first label is set, though nothing may predict it."""
     generator = torch.Generator().manual_seed(seed)
@@ -53,11 +59,20 @@ def test_best_fit_takes_the_fullest_row_with_room():
 
 def test_packing_is_a_function_of_seed_and_epoch():
     examples = examples_of([n % 7 + 1 for n in range(50)])
-    first = packing.pack_epoch(examples, 16, seed=1, epoch=0)
-    assert first == packing.pack_epoch(examples, 16, seed=1, epoch=0)
-    others = [packing.pack_epoch(examples, 16, seed=s, epoch=e) for s, e in ((1, 1), (2, 0))]
+    first = pack_epoch(examples, 16, seed=1, epoch=0)
+    assert first == pack_epoch(examples, 16, seed=1, epoch=0)
+    others = [pack_epoch(examples, 16, seed=s, epoch=e) for s, e in ((1, 1), (2, 0))]
     assert others[0] != first != others[1] and {len(packs) for packs in others} == {len(first)}
     assert sum(pack.trained for pack in first) == sum(example.trained for example in examples)
+
+
+@pytest.mark.parametrize("keys", [{}, {"packing": True}])
+def test_rows_in_their_order(make_config, keys):
+    units = packing.Units(examples_of([n % 7 + 1 for n in range(50)]), make_config(disable_shuffling=True, **keys))
+    order = [units.of_epoch(epoch).order for epoch in (0, 1)]
+    assert order[0] == order[1] == sorted(order[0])
+    assert sorted(i for unit in order[0] for i in (unit if keys else [unit])) == list(range(50))
+    assert all(unit == sorted(unit) for unit in order[0] if keys)
 
 
 @pytest.mark.parametrize("keys", [{}, {"packing": True}, {"neat_packing": True}])
@@ -105,7 +120,7 @@ def test_borders_are_those_transformers_finds_in_the_positions():
 
 def layouts(examples):
     """The same examples: padded, in packs, in one row, and packs beside an example of its own."""
-    packs = packing.pack_epoch(examples, 16, seed=0, epoch=0)
+    packs = pack_epoch(examples, 16, seed=0, epoch=0)
     padded = packing.Collator(0, CPU)(examples)
     return padded, [
         packing.Collator(0, CPU)(packs),
@@ -160,7 +175,7 @@ def test_both_answers_of_a_preference_share_a_row():
     pack = packing.join([PreferenceExample(chosen, rejected), FeedbackExample(Example([6], [6]), desirable=True)])
     assert pack == packing.Pack([3, 4, 5, 3, 4, 6], [IGNORE, 4, 5, IGNORE, 4, IGNORE], (3, 2, 1))
     pairs = [PreferenceExample(*examples_of((n, m), seed=n)) for n, m in ((5, 3), (4, 4), (2, 6), (7, 1))]
-    packs = packing.pack_epoch(pairs, 16, seed=0, epoch=0)
+    packs = pack_epoch(pairs, 16, seed=0, epoch=0)
     assert sorted(sum(pack.lengths) for pack in packs) == [16, 16] and {len(pack.lengths) for pack in packs} == {4}
 
 
