@@ -14,8 +14,8 @@ the magnitudes are near the norms, and so is the rounding error of what it multi
                       dx = dy W + drop^T(dz W + dS A)
 
 Shapes: x [..., K], W [N, K], A [r, K], B [N, r], m, bias, norm, g [N], y [..., N], u, z [M, N].
-W may be a 4-bit weight: dequantised in forward, for the norm and the products, and again in backward unless it was kept
-(``lora.kept_weights``).
+W may be a 4-bit weight: dequantised in forward, for the norm and the products; in backward it is met as it is
+(``lora.as_it_is``), or dequantised again unless it was kept (``lora.kept_weights``).
 
 Saved for backward: x, S and the norm as in lora.py, and u (z): 2 N bytes per token in bf16, only where m is trained.
 Rebuilding it, or summing dy x^T over W, would cost a third base GEMM, and y, which often is saved by the next layer,
@@ -40,9 +40,11 @@ from .lora import (
     LoRA,
     Projection,
     adapters,
+    backward_weights,
     bias_grads,
     compute_dtype,
     dense_weight,
+    grad_x,
     kept_weights,
     no_autocast,
     project,
@@ -84,7 +86,7 @@ class _DoRALinear(torch.autograd.Function):
         with no_autocast(x2):
             dy2 = rows(dy)
             if weight is None and need_x:
-                weight = dense_weight(quantized, dy2.dtype)
+                (weight,) = backward_weights([Projection(quantized)], dy2)
             backward = _backward if lora.p == 0.0 else _backward_dropped
             dx, dw, da, db, dg = backward(dy2, x2, s, u, weight, lora, magnitude / norm, needs, need_x)
             if dg is not None and bias is not None and lora.p == 0.0:  # u + bias was saved
@@ -113,7 +115,7 @@ def _backward(
     x: Tensor,
     s: Tensor,
     u: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | Quantized4bit,
     lora: LoRA,
     g: Tensor,
     needs: Needs,
@@ -152,7 +154,7 @@ def _backward_dropped(
     x: Tensor,
     s: Tensor,
     z: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | Quantized4bit,
     lora: LoRA,
     g: Tensor,
     needs: Needs,
@@ -173,9 +175,9 @@ def _backward_dropped(
     if needs[2]:
         (da,) = ops.lora_grad_a(ds, x, [lora.a], [lora.seed], [lora.p], [True])
     if need_x:
-        w = cast(weight, dy.dtype)
-        dropped = ops.lora_grad_x([dz], [w], ds, [lora.a], [None], [0.0], [lora.split])
-        dx = torch.mm(dy, w).add_(ops.dropout(dropped, lora.seed, lora.p))
+        w = [cast(weight, dy.dtype) if isinstance(weight, Tensor) else weight]
+        dropped = grad_x([dz], w, ds, [lora.a], [None], [0.0], [lora.split])
+        dx = grad_x([dy], w).add_(ops.dropout(dropped, lora.seed, lora.p))
     if needs[0]:
         dw = torch.mm(dy.t(), x).addmm_(dz.t(), ops.dropout(x, lora.seed, lora.p)).to(weight.dtype)
     return dx, dw, da, db, dg

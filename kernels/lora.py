@@ -206,9 +206,25 @@ def add_delta(y: Tensor, s: Tensor, loras: Sequence[LoRA]) -> Tensor:
     return _add_low_rank(y + sum(parts[1:], parts[0]).to(y.dtype) if parts else y, s, loras)
 
 
+def grad_x(
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor] | Sequence[Quantized4bit],
+    ds: Tensor | None = None,
+    a: Sequence[Tensor] = (),
+    seeds: Sequence[Tensor | None] = (),
+    ps: Sequence[float] = (),
+    splits: Sequence[bool] = (),
+) -> Tensor:
+    """``lora_grad_x`` with weights of one kind: dense, or 4-bit ones as they are."""
+    ops, low_rank = torch.ops.fuselora, (ds, list(a), list(seeds), list(ps), list(splits))
+    if weights and isinstance(weights[0], Quantized4bit):
+        return ops.lora_grad_x_4bit(list(dys), *lora_4bit.operands(weights), *low_rank)  # type: ignore[arg-type]
+    return ops.lora_grad_x(list(dys), list(weights), *low_rank)
+
+
 def low_rank_backward(
     dys: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor] | Sequence[Quantized4bit],
     x: Tensor | Callable[[Tensor, Tensor | None], Tensor],
     projections: Sequence[Projection],
     s: Tensor | None,
@@ -230,10 +246,8 @@ def low_rank_backward(
         b, scalings = [lora.b for lora in loras], [lora.scaling for lora in loras]
         ds, dbs = ops.lora_grad_s_b(list(dys), s, b, scalings, owners, splits, need_b)
         ds = ds if routed is None else ds * routed
-    if need_dx and weights and isinstance(weights[0], Quantized4bit):
-        dx = ops.lora_grad_x_4bit(list(dys), *lora_4bit.operands(weights), ds, a, seeds, ps, splits)
-    elif need_dx:
-        dx = ops.lora_grad_x(list(dys) if weights else [], list(weights), ds, a, seeds, ps, splits)
+    if need_dx:
+        dx = grad_x(dys if weights else [], weights, ds, a, seeds, ps, splits)
     if not isinstance(x, Tensor):
         assert dx is not None
         x = x(dx, ds)
@@ -288,7 +302,7 @@ def projections_backward(
     projections, needs = [projections[i] for i in live], [needs[i] for i in live]
     weights = [weights[i] for i in live] if weights else []
     if need_dx and not weights:
-        weights = _backward_weights(projections, used[0])
+        weights = backward_weights(projections, used[0])
     dx, x, lora_grads = low_rank_backward(used, weights if need_dx else [], x, projections, s, needs, need_dx)
     for i, dy, proj, need in zip(live, used, projections, needs, strict=True):
         loras = adapters(proj.lora)
@@ -300,7 +314,7 @@ def projections_backward(
     return dx, grads
 
 
-def _backward_weights(projections: Sequence[Projection], dy: Tensor) -> list[Tensor] | list[Quantized4bit]:
+def backward_weights(projections: Sequence[Projection], dy: Tensor) -> list[Tensor] | list[Quantized4bit]:
     """The weights that dX meets: 4-bit ones if it takes all of them as they are, else dense ones."""
     if dy.device.type == "cpu" and all(as_it_is(dy.shape[0], dy, p.weight) for p in projections):
         return _quantized(projections)

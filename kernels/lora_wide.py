@@ -21,31 +21,21 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, lora_linear
 from .first_order import first_order
 from .lora import (
     LoRA,
     Projection,
     adapters,
+    backward_weights,
     bias_grads,
-    dense_weight,
     forward_weights,
+    grad_x,
     kept_weights,
     low_rank_backward,
     no_autocast,
     project,
     shrink,
-)
-from .lora_linear import (
-    check_projection,
-    eager_lora_delta,
-    eager_projection,
-    flatten,
-    prepare,
-    rows,
-    sample_projection,
-    unflatten,
-    unrows,
 )
 from .lora_ops import cast, columns, scaled_b
 from .registry import Sample, function
@@ -76,15 +66,15 @@ def _split_by_projection(s: Tensor | None, projections: Sequence[Projection]) ->
 class _LoRALinearsWide(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, base_dtype, static, *tensors):
-        projections = unflatten(tensors, static)
+        projections = lora_linear.unflatten(tensors, static)
         with no_autocast(x):
-            x2 = rows(x)
+            x2 = lora_linear.rows(x)
             s = shrink(x2, projections)
             narrow = x2.to(base_dtype)
             weights = forward_weights(projections, narrow)
             ys = [y.to(x.dtype) for y in project(narrow, _bases(projections), None, weights)]
             parts = zip(ys, _split_by_projection(s, projections), projections, strict=True)
-            outs = tuple(unrows(_add_low_rank(y, part, adapters(p.lora)), x) for y, part, p in parts)
+            outs = tuple(lora_linear.unrows(_add_low_rank(y, part, adapters(p.lora)), x) for y, part, p in parts)
         kept = kept_weights(projections, weights)
         ctx.save_for_backward(x2, s, *kept, *tensors)
         ctx.static, ctx.shape, ctx.base_dtype, ctx.kept = static, x.shape, base_dtype, len(kept)
@@ -95,16 +85,18 @@ class _LoRALinearsWide(torch.autograd.Function):
     def backward(ctx, *dys):
         x2, s, *rest = ctx.saved_tensors
         weights, tensors = rest[: ctx.kept], rest[ctx.kept :]
-        projections, needs = unflatten(tensors, ctx.static), unflatten(ctx.needs_input_grad[3:], ctx.static)
+        projections, needs = (
+            lora_linear.unflatten(tensors, ctx.static),
+            lora_linear.unflatten(ctx.needs_input_grad[3:], ctx.static),
+        )
         need_dx, dx = ctx.needs_input_grad[0], None
         with no_autocast(x2):
-            flat = [rows(dy) for dy in dys]
+            flat = [lora_linear.rows(dy) for dy in dys]
             low_dx = need_dx and s is not None
             dx, _, loras = low_rank_backward(flat, [], x2, projections, s, needs, low_dx)
             if need_dx:
-                weights = weights or [dense_weight(p.weight, ctx.base_dtype) for p in projections]
                 narrow = [dy.to(ctx.base_dtype) for dy in flat]
-                base = torch.ops.fuselora.lora_grad_x(narrow, weights, None, [], [], [], [])
+                base = grad_x(narrow, weights or backward_weights(projections, narrow[0]))
                 dx = (base.to(x2.dtype) if dx is None else dx.add_(base)).view(ctx.shape)
             grads = []
             for dy, proj, need in zip(flat, projections, needs, strict=True):
@@ -112,7 +104,7 @@ class _LoRALinearsWide(torch.autograd.Function):
                 mine, loras = loras[: len(lora_biases)], loras[len(lora_biases) :]
                 parts = (grad._replace(bias=bias) for grad, bias in zip(mine, lora_biases, strict=True))
                 grads.append(Projection(None, dbias, tuple(parts)))  # type: ignore[arg-type]
-        return dx, None, None, *flatten(grads)[0]
+        return dx, None, None, *lora_linear.flatten(grads)[0]
 
 
 def lora_linears_wide(x: Tensor, projections: Sequence[Projection], base_dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -132,11 +124,11 @@ def lora_linears_wide(x: Tensor, projections: Sequence[Projection], base_dtype: 
     checks.check_float("lora_linears_wide", "x", x)
     checks.check_choice("lora_linears_wide", "base_dtype", base_dtype, checks.FLOATS)
     for i, proj in enumerate(projections):
-        check_projection("lora_linears_wide", f"projections[{i}]", x, proj)
+        lora_linear.check_projection("lora_linears_wide", f"projections[{i}]", x, proj)
         if isinstance(proj.weight, Tensor) and proj.weight.requires_grad:
             where = f"projections[{i}].weight.requires_grad"
             raise checks.fail("lora_linears_wide", where, False, True, "use lora_linears for a trained base")
-    tensors, static = flatten([prepare(p, x) for p in projections])
+    tensors, static = lora_linear.flatten([lora_linear.prepare(p, x) for p in projections])
     return _LoRALinearsWide.apply(x, base_dtype, static, *tensors)
 
 
@@ -146,7 +138,8 @@ def eager_lora_linears_wide(
     """Stock PEFT on a 4-bit linear that casts its input; fp64 stays fp64, for that is the truth."""
     narrow = x if x.dtype == torch.float64 else x.to(base_dtype)
     return tuple(
-        eager_lora_delta(eager_projection(narrow, p._replace(lora=None)).to(x.dtype), x, p.lora) for p in projections
+        lora_linear.eager_lora_delta(lora_linear.eager_projection(narrow, p._replace(lora=None)).to(x.dtype), x, p.lora)
+        for p in projections
     )
 
 
@@ -154,7 +147,7 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     base = torch.bfloat16 if dtype == torch.float32 else dtype
 
     def make(n: int, k: int, rank: int | tuple[int, ...], **options) -> Projection:
-        proj = sample_projection(dtype, device, n, k, rank, **options)
+        proj = lora_linear.sample_projection(dtype, device, n, k, rank, **options)
         bias = None if proj.bias is None else proj.bias.detach().to(base)
         return proj._replace(weight=proj.weight.detach().to(base), bias=bias)  # type: ignore[union-attr]
 

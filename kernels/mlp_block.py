@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import glu_lora
-from .lora import LoRA, Projection, adapters, dense_weight, forward_weights, project, projections_backward, shrink
+from .lora import LoRA, Projection, adapters, forward_weights, project, projections_backward, shrink
 from .lora_linear import flatten
 
 TILE_ELEMENTS = 1 << 26
@@ -105,12 +105,14 @@ def tiled_gradients(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """``gradients`` from X and dY alone, those of the parameters in the order of ``flatten``."""
     parts = tiles(x2.shape[0], projections[-1].weight.shape[1])
-    weights = [dense_weight(p.weight, x2.dtype) for p in projections]
+    weights = forward_weights(projections, x2[parts[0]])
+    dense = [weight for weight in weights if weight is not None]
+    kept = dense if len(dense) == len(weights) else []
 
     def of(i: int) -> tuple[Tensor | None, list[Tensor | None]]:
         own, x = _of_tile(projections, i), x2[parts[i]]
         block = until_h(x, own, act, weights)._replace(h=None)
-        dx, grads = gradients(dy[parts[i]], x, block, own, needs, need_dx, act, weights)
+        dx, grads = gradients(dy[parts[i]], x, block, own, needs, need_dx, act, kept)
         return dx, flatten(grads)[0]
 
     if len(parts) == 1:

@@ -15,9 +15,11 @@ from fuselora.functional import (
     lora_mlp,
     quantize_4bit,
 )
-from fuselora.kernels import lora, lora_native, native
+from fuselora.kernels import lora, lora_native, matmul_4bit, mlp_block, native
 from fuselora.kernels.dropout import draw_seed
+from fuselora.kernels.lora_wide import lora_linears_wide
 from fuselora.kernels.registry import ENV_IMPL
+from fuselora.kernels.saving import mlp_recompute
 from fuselora.testing import saved_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,6 +96,33 @@ def test_cpu_dequantises_nothing(rows, monkeypatch):
     assert count.calls == 0
 
 
+@pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_cpu_dequantises_for_the_norm_of_dora_alone(p, monkeypatch):
+    monkeypatch.setattr(matmul_4bit, "has_amx", lambda: False)
+    x, magnitude = torch.randn(33, 64, dtype=torch.bfloat16, requires_grad=True), torch.rand(96, requires_grad=True)
+    weight, bias, adapter = projection(96, 64, torch.bfloat16)
+    with Count() as count:
+        dora_linear(x, weight, bias, adapter._replace(p=p), magnitude).sum().backward()
+    assert count.calls == 1
+
+
+@pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
+def test_cpu_dequantises_nothing_between_casts_or_in_tiles(monkeypatch):
+    """Behind ``prepare_model_for_kbit_training``, where an fp32 stream meets a 16-bit base, and in MLP blocks that are
+    run again tile by tile."""
+    monkeypatch.setattr(matmul_4bit, "has_amx", lambda: False)
+    monkeypatch.setattr(mlp_block, "TILE_ROWS", 16)
+    monkeypatch.setattr(mlp_block, "TILE_ELEMENTS", 1)
+    projections = [projection(*size, torch.bfloat16) for size in ((96, 64), (96, 64), (64, 96))]
+    x = torch.randn(33, 64, requires_grad=True)
+    with Count() as count:
+        sum(y.sum() for y in lora_linears_wide(x, projections[:2], torch.bfloat16)).backward()
+        with mlp_recompute():
+            lora_mlp(x.bfloat16(), *projections).sum().backward()
+    assert count.calls == 0
+
+
 def test_dense_weights_are_not_kept():
     x = torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True)
     proj = projection(96, 64, torch.bfloat16)
@@ -132,7 +161,10 @@ def test_a_weight_that_does_not_fit_is_refused_before_it_is_read():
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dora_equals_the_dequantised_weight(dtype, p):
+def test_dora_equals_the_dequantised_weight(dtype, p, monkeypatch):
+    """Both with the native products, as above."""
+    monkeypatch.setenv(ENV_IMPL, "*=cpu")
+    monkeypatch.setattr(lora_native, "dense_refusal", lambda rows, *tensors: native.unsupported(*tensors))
     x, seed = torch.randn(2, 5, 40).to(dtype).requires_grad_(), draw_seed()
     weight, bias, adapter = projection(24, 40, dtype, bias=True)
     adapter = adapter._replace(p=p, seed=seed if p else None)
