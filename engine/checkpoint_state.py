@@ -4,7 +4,7 @@
     rng.safetensors           "<rank>/torch", "/cuda", "/python", "/numpy", and "/python_gauss", "/numpy_gauss"
 
 States that are plain numbers (bitsandbytes counts steps in one) go to trainer_state.json under the same names. Weights
-and states that FSDP2 shards are gathered, so that a checkpoint doesn't depend on the number of processes.
+and states that FSDP2 or ZeRO shards are gathered, so that a checkpoint doesn't depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fuselora.engine.distributed import whole
+from fuselora.engine.distributed import in_parts, whole
 
 Numbers = dict[str, int | float | bool | None]
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 holds the trained weights."""
-    return any(hasattr(p, "full_tensor") for p in model.parameters() if p.requires_grad)
+    """Whether FSDP2 or ZeRO holds the trained weights or their states in parts."""
+    return any(in_parts(p) for p in model.parameters() if p.requires_grad)
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Numbers]:
     """(tensors, numbers) by "<parameter>/<state>"."""
+    if hasattr(optimizer, "whole_state"):  # DeepSpeed's
+        return optimizer.whole_state(model)
     names = {id(p): name for name, p in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     numbers: Numbers = {}
@@ -45,6 +47,9 @@ def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: Numbers
 ) -> None:
     """Put ``optimizer_state`` back. Hyper-parameters stay those of the configuration."""
+    if hasattr(optimizer, "restore_whole"):
+        optimizer.restore_whole(model, tensors)
+        return
     names = {id(p): name for name, p in model.named_parameters()}
     saved: dict[str, dict[str, Any]] = {}
     for name, value in (*tensors.items(), *numbers.items()):

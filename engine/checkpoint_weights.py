@@ -1,4 +1,4 @@
-"""The trained weights of a checkpoint, also of a model that FSDP2 holds in parts.
+"""The trained weights of a checkpoint, also of a model that FSDP2 or ZeRO holds in parts.
 
 A sharded model's weights are gathered on every process and saved under the names of the unsharded model, by PEFT where
 there is an adapter. Loading copies each saved tensor into its parameter, whole or in parts.
@@ -34,7 +34,7 @@ def result_state(model: Any) -> dict[str, Tensor] | None:
     """
     if hasattr(model, "peft_config") or not is_sharded(model):
         return weights_to_save(model)
-    return {name: whole(t) for name, t in model.state_dict().items()}
+    return {name: whole(t) for name, t in model.state_dict(keep_vars=True).items()}
 
 
 def save_weights(model: Any, folder: Path, weights: dict[str, Tensor] | None) -> None:

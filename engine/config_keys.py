@@ -321,7 +321,12 @@ class TrainKeys:
         None,
         "A mapping, or a JSON file with one; reshard_after_forward counts, layers are found by themselves.",
     )
-    deepspeed: dict[str, Any] | str | None = _key("train", None, "Not read yet; fsdp shards the same states.")
+    deepspeed: dict[str, Any] | str | None = _key(
+        "train",
+        None,
+        "A DeepSpeed configuration, a JSON file or a mapping: ZeRO 1 to 3, offload to the host; auto values are filled "
+        "in. Optimizer and schedule are the run's own.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
-"""Several processes: torchrun's, accelerate's or DeepSpeed's launcher starts them, torch's DDP or FSDP2 joins them.
+"""Several processes: torchrun's, accelerate's or DeepSpeed's launcher starts them; DDP, FSDP2 or ZeRO joins them.
 
     DDP      every process holds the model; after backward the gradients of all processes are summed
     FSDP2    every process holds a part of each weight; a layer's weights are gathered while it runs
+    ZeRO     the same by DeepSpeed's engine, given its configuration: loop_zero.py
 
 Gradients are summed, not averaged: each process's loss is already divided by the trained tokens of *all* processes'
 micro-batches, so the sum is the gradient of the mean over tokens, whatever share of them a process got. Loss and
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fuselora.engine import zero_config
 from fuselora.engine.config import Config
 from fuselora.engine.errors import expected
 
@@ -74,19 +76,20 @@ class World:
 def start(config: Config) -> World:
     """Join the group that the launcher's environment variables describe; without them, one process."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.deepspeed:
-        raise expected(
-            "deepspeed", "null", "a configuration, which nothing here reads yet", "set fsdp: full_shard instead of ZeRO"
-        )
-    if size == 1:
-        if config.fsdp:
-            raise expected("fsdp", "several processes", "one", "start with torchrun, or drop the key")
-        return World()
+    zero = zero_config.read(config)
+    if config.deepspeed and zero is None and os.environ.get("RANK", "0") == "0":
+        print("deepspeed: stage 0 shards nothing: every process holds a replica (DDP)")
+    if size == 1 and config.fsdp:
+        raise expected("fsdp", "several processes", "one", "start with torchrun, or drop the key")
     cuda = torch.cuda.is_available() and not config.use_cpu
+    backend, timeout = config.ddp_backend or ("nccl" if cuda else "gloo"), timedelta(seconds=config.ddp_timeout)
+    if size == 1:
+        if zero is not None:  # DeepSpeed wants a group, of one if need be
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return World()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    timeout = timedelta(seconds=config.ddp_timeout)
-    dist.init_process_group(config.ddp_backend or ("nccl" if cuda else "gloo"), timeout=timeout)
+    dist.init_process_group(backend, timeout=timeout)
     world = World(dist.get_rank(), size, dist.new_group(backend="gloo", timeout=timeout))
     if not world.main:  # one voice; errors still reach standard error
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
@@ -108,7 +111,7 @@ def main_first(world: World) -> Iterator[None]:
 
 def stop(world: World) -> None:
     """Leave the group."""
-    if world.size > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -206,8 +209,27 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
+def in_parts(tensor: Tensor) -> bool:
+    """Whether FSDP2 or ZeRO holds this weight, or its fp32 master, in parts."""
+    return hasattr(tensor, "full_tensor") or _zero(tensor)
+
+
+def _zero(tensor: Tensor) -> bool:
+    """Marks of DeepSpeed's stage 3, and of stages 1 and 2 on what is trained."""
+    return hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping")
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """A weight or state in full, on the CPU; all processes have to ask together where it is sharded."""
+    """A weight or state in full, on the CPU; all processes have to ask together where it is sharded. Of a weight that
+    ZeRO trains in bf16, the fp32 master.
+    """
+    if _zero(tensor):
+        import deepspeed
+
+        if tensor.requires_grad:
+            return deepspeed.utils.safe_get_full_fp32_param(tensor).detach().cpu()
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().to("cpu", copy=True)
     tensor = tensor.detach()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
 
@@ -219,7 +241,14 @@ def copy_whole_(target: Tensor, source: Tensor) -> None:
             from torch.distributed.tensor import distribute_tensor
 
             source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
-        target.copy_(source)
+        if not _zero(target):
+            target.copy_(source)
+            return
+        import deepspeed
+
+        deepspeed.utils.safe_set_full_fp32_param(target, source.to(target.device, torch.float32))
+        with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
+            target.data.copy_(source)
 
 
 def relaunch(arguments: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fuselora.engine import distributed
+from fuselora.engine import distributed, optim
 from fuselora.engine.chat import IGNORE, Example
 from fuselora.engine.config import Config
 from fuselora.engine.distributed import World
@@ -73,10 +73,13 @@ class Stepper:
         alpha = config.neftune_noise_alpha
         self.neftune = Neftune(model, alpha) if alpha else None
         self.graphs = self._build_graphs() if config.cuda_graphs else None
-        self.module: Any = distributed.LossOf(model, self.objective)
-        self.replicated = world.size > 1 and not any(hasattr(p, "full_tensor") for p in model.parameters())
-        if self.replicated:
-            self.module = distributed.replicate(self.module, config)
+        self.replicated = False
+        self.module = self.join(distributed.LossOf(model, self.objective))
+
+    def join(self, module: distributed.LossOf) -> Any:
+        """``module`` as one of several processes' runs it: DDP's, unless its weights are in parts."""
+        self.replicated = self.world.size > 1 and not any(hasattr(p, "full_tensor") for p in module.parameters())
+        return distributed.replicate(module, self.config) if self.replicated else module
 
     def backward(self, micro: Sequence[Sequence[Example]], tokens: int) -> Tensor:
         """Loss of the whole step, 0-d on the device; its gradients are added to ``.grad``."""
@@ -89,6 +92,15 @@ class Stepper:
     def loss(self, examples: Sequence[Example], tokens: int) -> Tensor:
         """Loss of one micro-batch, over ``tokens``."""
         return self._loss(self.module, examples, tokens)
+
+    def update(self, optimizer: Any, ok: Tensor) -> Tensor:
+        """Clip and update, where ``ok`` (0-d bool) and the norm allow it. Returns the norm before clipping."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        norm = optim.clip_and_step(optimizer, optim.max_norm(self.config), ok)
+        if self.scaler is not None:
+            self.scaler.update()
+        return norm
 
     def plain_backward(self, micro: Sequence[Sequence[Example]], tokens: int) -> None:
         """As ``backward``, without graphs and without a word to other replicas; for looking closely."""
@@ -134,8 +146,8 @@ class Stepper:
     def _build_graphs(self) -> StepGraphs:
         config = self.config
         reason = refusal(self.model, self.device, config.lora_dropout, config.checkpointing)
-        if self.world.size > 1:
-            reason = "there are several processes"
+        if self.world.size > 1 or config.deepspeed:
+            reason = "there are several processes or DeepSpeed's engine"
         if config.fp16 or self.neftune or self.objective is not causal_lm_loss:
             reason = reason or "graphs hold plain forward and backward: no loss scaling, noise or other objective"
         if reason:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fuselora.engine import zero_config
 from fuselora.engine.config import Config
 from fuselora.engine.errors import expected, first_line
 from fuselora.engine.fused_adamw import FusedAdamW
@@ -55,10 +56,13 @@ def _of_kind(
     config: Config, groups: list[dict[str, Any]], adam: dict[str, Any], more: dict[str, Any]
 ) -> torch.optim.Optimizer:
     """``adam``: what Adam and its kin take; ``more``: ``optim_args``."""
-    if config.optim == "auto":
+    zero = zero_config.read(config) is not None  # flat parts of the weights come into the groups
+    if zero:
+        groups = _without_names(groups)
+    if config.optim == "auto" and not zero:
         return _auto(groups, config.learning_rate, adam | more)
-    if config.optim.startswith("adamw_torch"):
-        fused = True if config.optim == "adamw_torch_fused" else None
+    if config.optim.startswith("adamw_torch") or config.optim == "auto":
+        fused = None if config.optim == "adamw_torch" else True
         return torch.optim.AdamW(groups, lr=config.learning_rate, **{"fused": fused} | adam | more)
     if config.optim == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, **more)

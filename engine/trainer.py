@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fuselora.engine import checkpoint, distributed, loop_faults, metrics, optim, schedule
+from fuselora.engine import checkpoint, distributed, loop_faults, metrics, optim, schedule, zero_config
 from fuselora.engine.chat import Example
 from fuselora.engine.checkpoint_state import restore_torch_generators, torch_generators
 from fuselora.engine.checkpoint_weights import load_weights
@@ -33,6 +33,7 @@ from fuselora.engine.loop_faults import MAX_SKIPPED, FiniteGuard, StopSignal
 from fuselora.engine.loop_identity import run_identity
 from fuselora.engine.loop_step import Objective, Stepper
 from fuselora.engine.loop_window import Window
+from fuselora.engine.loop_zero import zero_loop
 
 
 class Trainer:
@@ -67,15 +68,22 @@ class Trainer:
         self.steps_per_epoch = self.data.steps_per_epoch
         by_epochs = math.ceil(config.num_train_epochs * (self.steps_per_epoch or 0))
         self.total_steps = config.max_steps if config.max_steps > 0 else by_epochs
-        reshard = distributed.sharding(config) if world.size > 1 else None
-        if reshard is not None:
+        zero = zero_config.read(config)
+        reshard = distributed.sharding(config) if world.size > 1 and zero is None else None
+        if reshard is not None or zero is not None:
             _ = self._identity  # reads weights in full
+        if reshard is not None:
             distributed.shard(model, world, reshard)
-        self.stepper = Stepper(model, config, world, pad_id, objective)
-        self.optimizer = optim.build_optimizer(model, config)
+        self.optimizer: Any = optim.build_optimizer(model, config)
+        if zero is None:
+            self.stepper = Stepper(model, config, world, pad_id, objective)
+        else:
+            self.stepper, self.optimizer = zero_loop(model, config, world, pad_id, objective, self.optimizer, zero)
         self.lr_factor = schedule.lr_factor(config, self.total_steps)
         self.guard: FiniteGuard[StepPlan] = FiniteGuard(
-            self.device, sticky=config.on_nonfinite == "stop", delay=1 if self.device.type == "cuda" else 0
+            self.device,
+            sticky=config.on_nonfinite == "stop",
+            delay=1 if self.device.type == "cuda" and zero is None else 0,  # DeepSpeed has waited for it
         )
         self.micro_size = config.per_device_train_batch_size
         self.best, self.signal = Best(), StopSignal()
@@ -193,7 +201,12 @@ class Trainer:
     def _shrink(self, plan: StepPlan) -> None:
         """Go back to the beginning of the step with half the micro-batch, or give up."""
         self._rewind(plan)
-        if self.config.auto_find_batch_size and self.micro_size > 1 and self.world.size == 1:
+        if (
+            self.config.auto_find_batch_size
+            and self.micro_size > 1
+            and self.world.size == 1
+            and not self.config.deepspeed
+        ):
             self.micro_size = (self.micro_size + 1) // 2
             self.log.show(f"step {plan.step + 1}: out of memory; going on with {self.micro_size} sequences a pass")
             return
@@ -209,12 +222,7 @@ class Trainer:
 
     def _update(self, loss: torch.Tensor) -> torch.Tensor:
         """Clip, update, forget the gradients. Returns their norm."""
-        scaler = self.stepper.scaler
-        if scaler is not None:
-            scaler.unscale_(self.optimizer)
-        norm = optim.clip_and_step(self.optimizer, optim.max_norm(self.config), self.guard.allows(loss))
-        if scaler is not None:
-            scaler.update()
+        norm = self.stepper.update(self.optimizer, self.guard.allows(loss))
         self.optimizer.zero_grad()
         return norm
 

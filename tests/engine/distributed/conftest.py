@@ -65,10 +65,11 @@ def launch(tmp_path):
 @pytest.fixture
 def run(make_config, tiny_base, tokenizer, launch, tmp_path):
     """run(size, **keys) trains in ``size`` processes, ``stop`` steps or all; returns (log records, trained weights) of
-    the main one.
+    the main one. On a patched model only modules whose name ends with ``declined`` may run stock. ``look`` sees the
+    trainer after it was built and after its end.
     """
 
-    def run(size, name="run", patch=False, stop=None, **keys):
+    def run(size, name="run", patch=False, stop=None, declined=None, look=lambda trainer: None, **keys):
         config = make_config(output_dir=str(tmp_path / name), logging_steps=1, **keys)
         data = load_data(config, tokenizer)
 
@@ -80,13 +81,14 @@ def run(make_config, tiny_base, tokenizer, launch, tmp_path):
                 print(apply_checkpointing(model, config))
             trainer = Trainer(model, data.train, data.held_out, config, pad_id=tokenizer.pad_token_id, world=world)
             trainer.total_steps = stop or trainer.total_steps  # the schedule stays that of all steps
+            look(trainer)
             trainer.resume()
             if world.main:
                 open_output_dir(config, resumed=trainer.resumed)
             trainer.fit()
-            assert not patch or not any(row.calls_declined for row in patch_report(model).rows), str(
-                patch_report(model)
-            )
+            look(trainer)
+            stock = [row.module for row in patch_report(model).rows if row.calls_declined] if patch else []
+            assert all(declined and name.endswith(declined) for name in stock), str(patch_report(model))
             trained = {n: distributed.whole(p) for n, p in model.named_parameters() if p.requires_grad}
             if world.main:
                 torch.save(trained, tmp_path / f"{name}.pt")
