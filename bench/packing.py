@@ -9,8 +9,8 @@ Arms, each on stock PEFT and on fuselora: ``padded`` (``--rows`` random examples
 
 The gate comes first: ``--steps`` steps of AdamW in fp32, each on all of ``--examples`` examples in one arm's batches.
 Loss curves of the arms must agree to ``TOLERANCE`` of their value, or nothing is timed and the exit code is 1.
-Figures: trained tokens (labels) per second of processor time, over rounds of one micro-batch of each arm in turn; ratios
-are to the padded arm of the same model.
+Figures: trained tokens (labels) per second of processor time, over rounds of one micro-batch of each arm in turn;
+ratios are to the padded arm of the same model.
 """
 
 from __future__ import annotations
