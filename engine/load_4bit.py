@@ -58,7 +58,8 @@ def load_4bit(
         The model; ``save_pretrained`` writes what transformers with bitsandbytes and this function read.
 
     Raises:
-        ValueError: an unknown quant_type, blocksize or dtype, files quantised by another method, or damaged ones.
+        ValueError: an unknown quant_type, blocksize or dtype, files quantised by another method, or damaged ones,
+            weights that are NaN or infinite included.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -194,6 +195,10 @@ class Quantize(ConversionOps):
             dense = value[0] if isinstance(value, list) else value
             module, _ = get_module_from_name(model, name)
             q = quantize_4bit(dense, options.quant_type, options.blocksize, options.double)
+            scales = q.absmax if q.offset is None else q.offset  # their mean
+            if not scales.isfinite().all():
+                _DAMAGED.append(f"{name}: expected finite weights, got NaN or infinite ones; the file is damaged")
+                raise ValueError(_DAMAGED[-1])
             module.set_quantized(q, options.quant_type, dense.dtype)
             module._is_hf_initialized = True
             result[name] = module.weight

@@ -31,6 +31,20 @@ void dequantize(const Dequantize4bit& a) {
   }
 }
 
+// The bits of magnitudes ascend with them, and those of NaN are above all.
+float largest_magnitude(const float* x, int64_t size) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    bits &= 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  float magnitude;
+  std::memcpy(&magnitude, &largest, sizeof magnitude);
+  return magnitude;
+}
+
 template <class T>
 void quantize(const Quantize4bit& a) {
   const int threads = team(a.n, a.threads);
@@ -41,9 +55,8 @@ void quantize(const Quantize4bit& a) {
     const int64_t size = begin + a.blocksize < a.n ? a.blocksize : a.n - begin;
     float x[kMaxBlocksize + 1];
     each(size, [&](int64_t j, auto lanes) { store(x + j, load(static_cast<const T*>(a.w) + begin + j, lanes), lanes); });
-    float largest = 0.f;
-    for (int64_t j = 0; j < size; ++j) largest = std::fabs(x[j]) > largest ? std::fabs(x[j]) : largest;
-    const float divisor = largest > 1e-38f ? largest : 1e-38f, reciprocal = 1.f / divisor;
+    const float largest = largest_magnitude(x, size);
+    const float divisor = largest < 1e-38f ? 1e-38f : largest, reciprocal = 1.f / divisor;
     const bool whole = size == a.blocksize;  // bitsandbytes divides in a last block that is not full
     a.absmax[block] = whole ? largest : divisor;
     int32_t below[kMaxBlocksize + 1];
@@ -51,7 +64,7 @@ void quantize(const Quantize4bit& a) {
       const float scaled = whole ? x[j] * reciprocal : x[j] / divisor;
       const float clamped = scaled < -1.f ? -1.f : scaled > 1.f ? 1.f : scaled;
       int32_t count = 0;
-      for (int k = 0; k < 15; ++k) count += a.bounds[k] < clamped;
+      for (int k = 0; k < 15; ++k) count += !(a.bounds[k] >= clamped);  // NaN is above all
       below[j] = count;
     }
     if (size % 2) {  // the nibble behind an odd end is the code of 0

@@ -142,7 +142,8 @@ def _quantize_piece(
         w = tl.load(w_ptr + first + local).to(tl.float32)
     else:
         w = tl.load(w_ptr + first + local, mask=local < n - first, other=0.0).to(tl.float32)
-    absmax = tl.max(tl.abs(w), 1)
+    # The bits of magnitudes ascend with them, and those of NaN are above all: tl.max would pass it over.
+    absmax = tl.max(tl.abs(w).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
     least = tl.full((ROWS,), 1e-38, tl.float32)  # subnormal: a bare literal would be fp64
     above = tl.maximum(absmax, least)
     scaled = w * tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), above)[:, None]

@@ -247,6 +247,23 @@ def test_bad_arguments(folder, keys, words):
         fuselora.load_4bit(str(folder), **keys)
 
 
+@DOUBLE
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_weights_that_are_not_finite_are_refused(folder, tmp_path, bad, double):
+    from safetensors.torch import load_file, save_file
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][5, 7] = bad
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(
+        ValueError, match=f"load_4bit: .*{name}: expected finite weights, got NaN or infinite"
+    ) as raised:
+        fuselora.load_4bit(str(tmp_path), double=double, progress=False)
+    assert "\n" not in str(raised.value)
+
+
 def test_files_of_another_method_are_refused(folder, tmp_path):
     import shutil
 

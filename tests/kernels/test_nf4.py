@@ -71,6 +71,19 @@ def test_same_bytes_and_same_bits(bnb, dtype, quant_type, double):
                     assert torch.equal(dequantize_4bit(ours, out), theirs), f"{where} {out}"
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_block_that_is_not_finite_has_the_same_bytes_and_stays_so(bnb, dtype, bad):
+    for row, col in ((0, 2), (3, 29), (2, 62)):  # in whole blocks and in the last one, which is not full
+        w = weight((4, 63), dtype)
+        w[row, col] = bad
+        packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=False)
+        ours = quantize_4bit(w)
+        assert torch.equal(ours.data, packed.view(-1))
+        assert torch.equal(ours.absmax.nan_to_num(-1.0), state.absmax.nan_to_num(-1.0))
+        assert not ours.absmax.isfinite().all() and not quantize_4bit(w, double=True).offset.isfinite()
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-20, 1e-40, 0.0])
 def test_scales_of_many_blocks_have_the_same_bytes(bnb, scale):
     absmax = (torch.rand(200_003) + 0.5) * scale

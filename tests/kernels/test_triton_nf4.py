@@ -63,6 +63,18 @@ def test_quantised_bytes(shape, scale):
 
 
 @interpreted
+def test_scales_of_blocks_that_are_not_finite_say_so():
+    w = torch.randn(5, 63)
+    w[0, 2], w[2, 20], w[4, 60] = float("nan"), float("inf"), float("nan")
+    (_, ours), (_, exact) = (
+        fn(w, nf4.code_table("nf4", CPU), 64)
+        for fn in (OPS["quantize_4bit"].impls["triton"].fn, nf4._reference_quantize)
+    )
+    assert torch.equal(ours.isnan(), exact.isnan()) and torch.equal(ours.nan_to_num(), exact.nan_to_num())
+    assert ours.isnan().sum() == 2
+
+
+@interpreted
 def test_values_on_the_bounds_between_codes():
     for quant_type in nf4.QUANT_TYPES:
         code = nf4.code_table(quant_type, CPU)
