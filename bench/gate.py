@@ -3,17 +3,23 @@
     python bench/gate.py                                # this checkout against the merge base with origin/main
     python bench/gate.py --base v0.1.0 --preset cpu     # against a commit
     python bench/gate.py --base DIR --head DIR          # two checkouts
+    python bench/gate.py --plant sleep:0.05 gradient    # this checkout against itself with errors: are they caught?
 
-Three processes hold the same model: *base*, *base again* and *head*; they step in turns while the others wait. Per
-round, head / base is the change and base again / base is what noise looks like (an A/A pair). With r the median over
-rounds and [low, high] its 95 % bootstrap interval,
+A launch is three fresh processes that hold the same model, *base*, *base again* and *head*, and step in turns while the
+others wait, in the orders A B C and A C B: none steps twice in a row, where it would find caches and threads warm, and
+each follows each of the others equally often. Launches start the three in another order each time, because where a
+process's memory lies stays for its life and is worth up to 1.5 %. Per round, head over the mean of both bases is the
+change and base again / base is what noise looks like (an A/A pair). With r the median over the rounds of all launches
+and [low, high] its 95 % interval from resampling launches, then rounds,
 
     band   = max(FLOOR, |r_AA - 1| + (high_AA - low_AA) / 2)
     slower = low_head > 1 + band
+    seen   = band + r_head - low_head: the smallest slow-down that would be found
 
-A finding counts only if fresh processes show it again. Head passes the gate of ``parity.py`` first. Peak memory above
-the model may grow by MEMORY_FACTOR. The measuring code is this folder's for both versions. Exit code 0: no regression;
-1: slower, larger or wrong; 2: bad arguments.
+There are at least LEAST launches, CONFIRM before a finding counts, and as many as it takes to make *seen* no more than
+SURE, unless ``--seconds`` are over: then the run says what it can't see. Head passes the gate of ``parity.py`` first.
+Peak memory above the model may grow by MEMORY_FACTOR. The measuring code is this folder's for both versions. Exit code
+0: no regression; 1: slower, larger or wrong; 2: bad arguments. With ``--plant`` 0 says that every error was caught.
 """
 
 from __future__ import annotations
@@ -21,10 +27,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +43,9 @@ import timing
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOOR = 0.02  # two processes of one program differ by up to 1.5 %, depending on where their memory lies
-UNSURE = 0.05  # a wider band is said
+SURE = 0.04  # a slow-down of 5 % is then found, not only likely to be
+LEAST, CONFIRM = 2, 4  # launches
+SECONDS = 300.0
 MEMORY_FACTOR, MEMORY_FLOOR = 1.1, 16 << 20  # repeated peaks differ by some ten MiB
 LIBRARY = Path("python/fuselora/_lib")
 
@@ -46,13 +56,17 @@ class Version:
     def __init__(self, name: str, tree: Path, options: Sequence[str]) -> None:
         self.name = name
         command = [sys.executable, str(ROOT / "bench" / "gate_worker.py"), *options]
-        environment = os.environ | {"PYTHONPATH": str(tree / "python")}
+        environment = os.environ | {"PYTHONPATH": str(tree / "python"), "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen(
             command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self.tree = tree.resolve()
+
+    def start(self) -> None:
+        """Wait until it answers, with the package that it should have."""
         found = Path(self.ask("where")["package"])
-        if not found.is_relative_to(tree.resolve()):
-            raise RuntimeError(f"{name}: expected the package of {tree}, got {found}; unset PYTHONPATH")
+        if not found.is_relative_to(self.tree):
+            raise RuntimeError(f"{self.name}: expected the package of {self.tree}, got {found}; unset PYTHONPATH")
 
     def ask(self, what: str) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
@@ -68,44 +82,87 @@ class Version:
         self.process.wait()
 
 
-def compare(base: Path, head: Path, options: Sequence[str], rounds: int) -> dict[str, Any]:
+def compare(
+    base: Path, head: Path, options: Sequence[str], rounds: int, limit: float = SECONDS, plant: str | None = None
+) -> dict[str, Any]:
     """Ratios of step times and of memory; no parity, no figure."""
+    planted = [*options, *(["--plant", plant] if plant else [])]
+    judge = Version("head", head, planted)
+    try:
+        judge.start()
+        parity = judge.ask("parity")
+    finally:
+        judge.close()
+    if not parity["ok"]:
+        return {"parity": parity}
+    end, launches = time.monotonic() + limit, []
+    while True:
+        sides = [("head", head, planted), ("base", base, options), ("base again", base, options)]
+        first = len(launches) % len(sides)
+        launches.append(launch(sides[first:] + sides[:first], rounds))
+        result = {"parity": parity, **judged(launches)}
+        found = result["slower"] or result["larger"]
+        sure = result["seen"] <= SURE or time.monotonic() > end
+        if len(launches) >= CONFIRM if found else len(launches) >= LEAST and sure:
+            return result
+        print(f"after {len(launches)} launches: {describe(result)}", flush=True)
+
+
+def launch(sides: Sequence[tuple[str, Path, Sequence[str]]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Fresh processes in this order: name -> seconds of each round's step and peak memory above the model."""
     versions: list[Version] = []
     try:
-        versions.append(Version("head", head, options))
-        parity = versions[0].ask("parity")
-        if not parity["ok"]:
-            return {"parity": parity}
-        versions += [Version("base", base, options), Version("base again", base, options)]
-        used = {version.name: version.ask("warm up")["above"] for version in versions}
-        times: dict[str, list[float]] = {version.name: [] for version in versions}
+        versions += [Version(*side) for side in sides]
+        for version in versions:
+            version.start()
+        found = {v.name: {"seconds": [], "above": v.ask("warm up")["above"]} for v in versions}
+        first, *others = versions
         for _ in range(rounds):
-            for version in versions:
-                times[version.name].append(version.ask("step")["seconds"])
-            versions.reverse()
+            for version in (first, *others):
+                found[version.name]["seconds"].append(version.ask("step")["seconds"])
+            others.reverse()
     finally:
         for version in versions:
             version.close()
-    change = interval(times["head"], times["base"])
-    noise = interval(times["base again"], times["base"])
+    return found
+
+
+def judged(launches: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """The verdict over all launches."""
+    changes, noises = [], []
+    for of in launches:
+        head, base, again = (of[name]["seconds"] for name in ("head", "base", "base again"))
+        changes.append([2 * h / (a + b) for h, a, b in zip(head, base, again, strict=True)])
+        noises.append([b / a for a, b in zip(base, again, strict=True)])
+    change, noise = interval(changes), interval(noises)
     band = max(FLOOR, abs(noise["median"] - 1) + (noise["high"] - noise["low"]) / 2)
+    steps = {name: [t for of in launches for t in of[name]["seconds"]] for name in launches[0]}
+    used = {name: min(of[name]["above"] for of in launches) for name in launches[0]}
     least = min(used["base"], used["base again"])
     return {
-        "parity": parity,
-        "step_ms": {name: 1e3 * statistics.median(of) for name, of in times.items()},
+        "launches": len(launches),
+        "step_ms": {name: 1e3 * statistics.median(of) for name, of in steps.items()},
         "change": change,
         "noise": noise,
         "band": band,
+        "seen": band + change["median"] - change["low"],
         "slower": change["low"] > 1 + band,
         "memory": used,
         "larger": used["head"] > MEMORY_FACTOR * least and used["head"] - least > MEMORY_FLOOR,
     }
 
 
-def interval(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
-    """Median over rounds of times / base with its 95 % bootstrap interval."""
-    paired = [[timing.StepTime(t, 0.0, 0.0, 0.0) for t in of] for of in (times, base)]
-    return timing.speed_up(*paired)
+def interval(ratios: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Median of all ratios with its 95 % interval, resampling launches and, in each, rounds."""
+    draw = random.Random(0)
+
+    def again() -> float:
+        launches = draw.choices(ratios, k=len(ratios))
+        return statistics.median(r for of in launches for r in draw.choices(of, k=len(of)))
+
+    medians = [again() for _ in range(timing.RESAMPLES)]
+    every = statistics.median(r for of in ratios for r in of)
+    return {"median": every, "low": timing.quantile(medians, 0.025), "high": timing.quantile(medians, 0.975)}
 
 
 def problems(result: dict[str, Any]) -> list[str]:
@@ -128,7 +185,8 @@ def describe(result: dict[str, Any]) -> str:
     return (
         f"step {ms['base']:.1f} -> {ms['head']:.1f} ms: {change['median']:.3f}x [{change['low']:.3f}, "
         f"{change['high']:.3f}]; A/A {noise['median']:.3f}x [{noise['low']:.3f}, {noise['high']:.3f}], "
-        f"band {result['band']:.1%}; above the model {used['base'] / 2**20:.0f} -> {used['head'] / 2**20:.0f} MiB"
+        f"band {result['band']:.1%}; {result['launches']} launches; "
+        f"above the model {used['base'] / 2**20:.0f} -> {used['head'] / 2**20:.0f} MiB"
     )
 
 
@@ -171,30 +229,81 @@ def checkout(version: str, head: Path) -> Iterator[Path]:
         git("worktree", "remove", "--force", str(tree))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="commit or checkout; default: the merge base with origin/main")
     parser.add_argument("--head", type=Path, default=ROOT, help="checkout to judge")
     parser.add_argument("--preset", choices=sorted(presets.PRESETS), default="cpu")
     parser.add_argument("--side", default="fuselora", help="as in train_step.py")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=8, help="of each launch")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="no launch is added after so many")
+    parser.add_argument(
+        "--plant",
+        nargs="+",
+        metavar="ERROR",
+        help="sleep:FRACTION of each step, or gradient; the base is --head itself",
+    )
     parser.add_argument("--json", type=Path, help="write the record here")
     args = parser.parse_args(argv)
+    try:
+        for error in args.plant or ():
+            check_plant(error)
+        if args.rounds < 1:
+            raise ValueError(f"--rounds: expected at least 1, got {args.rounds}; raise it")
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    return args
+
+
+def check_plant(error: str) -> None:
+    kind, _, fraction = error.partition(":")
+    sleeps = kind == "sleep" and fraction.replace(".", "", 1).isdecimal() and float(fraction) > 0
+    if error != "gradient" and not sleeps:
+        raise ValueError(f"--plant: expected gradient or sleep:FRACTION, got {error!r}; example: --plant sleep:0.05")
+
+
+def report_problems(result: dict[str, Any]) -> list[str]:
+    """Print what was found and what could not be seen."""
+    found = problems(result)
+    for problem in found:
+        print(f"gate: {problem}", file=sys.stderr)
+    if not found and result["seen"] > SURE:
+        print(
+            f"gate: the machine is too busy to see less than {result['seen']:.1%}; a smaller slow-down passes",
+            file=sys.stderr,
+        )
+    return found
+
+
+def self_check(args: argparse.Namespace, options: Sequence[str]) -> int:
+    """The checkout against itself, once with each planted error: 0 if all were caught."""
+    head, missed = args.head.resolve(), []
+    for error in args.plant:
+        print(f"planted: {error}", flush=True)
+        result = compare(head, head, options, args.rounds, args.seconds, error)
+        print(describe(result), flush=True)
+        if not report_problems(result):
+            missed.append(error)
+    print(f"NOT caught: {', '.join(missed)}" if missed else f"caught: {', '.join(args.plant)}")
+    return int(bool(missed))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    options = ["--preset", args.preset, "--side", args.side]
+    if args.plant:
+        return self_check(args, options)
     base = args.base or default_base()
     if base is None:
         print("gate: this checkout has no earlier commit, nothing to compare with")
         return 0
-    options = ["--preset", args.preset, "--side", args.side]
     try:
         with checkout(base, args.head) as tree:
-            result = compare(tree, args.head.resolve(), options, args.rounds)
+            result = compare(tree, args.head.resolve(), options, args.rounds, args.seconds)
             print(describe(result), flush=True)
-            if problems(result) and result["parity"]["ok"]:
-                print("again, in fresh processes: " + "; ".join(problems(result)), flush=True)
-                result = compare(tree, args.head.resolve(), options, 2 * args.rounds)
-                print(describe(result), flush=True)
     except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except subprocess.CalledProcessError as error:
         if args.base:
             raise
@@ -203,14 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"base": base, "preset": args.preset, **result}, indent=1) + "\n")
-    for problem in problems(result):
-        print(f"gate: {problem}", file=sys.stderr)
-    if result.get("band", 0.0) > UNSURE:
-        print(
-            f"gate: the machine is too busy to see less than {result['band']:.0%}; a smaller slow-down passes",
-            file=sys.stderr,
-        )
-    return 1 if problems(result) else 0
+    return int(bool(report_problems(result)))
 
 
 if __name__ == "__main__":

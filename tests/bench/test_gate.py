@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import gate
+import gate_worker
 import pytest
 
 ROOT = Path(gate.ROOT)
 
 
 class Synthetic:
-    """A version whose steps take ``factor`` times 0.9 s, with noise."""
+    """A version whose steps take ``factor`` times 0.9 s, with noise of steps and of whole processes."""
+
+    started: list[str] = []
 
     def __init__(self, name, tree, options):
         self.name = name
-        self.factor = float(str(tree)) if name == "head" else 1.0
-        self.draw = random.Random(name)
-        self.above = 400 << 20 if tree == Path("9.0") else 300 << 20
+        self.factor = float(tree.name) if name == "head" else 1.0
+        if "--plant" in options:
+            self.factor *= 1 + float(options[options.index("--plant") + 1].removeprefix("sleep:"))
+        self.started.append(name)
+        self.draw = random.Random(len(self.started))
+        self.factor *= self.draw.gauss(1.0, 0.004)
+        self.above = 400 << 20 if tree.name == "9.0" else 300 << 20
+
+    def start(self):
+        pass
 
     def ask(self, what):
         if what == "step":
@@ -30,16 +43,62 @@ class Synthetic:
         pass
 
 
-@pytest.mark.parametrize(("factor", "slower"), [(1.05, True), (1.0, False), (0.9, False), (1.01, False)])
-def test_five_percent_is_slower_and_noise_is_not(monkeypatch, factor, slower):
+@pytest.fixture
+def synthetic(monkeypatch):
     monkeypatch.setattr(gate, "Version", Synthetic)
-    result = gate.compare(Path("base"), Path(str(factor)), [], rounds=15)
+    monkeypatch.setattr(Synthetic, "started", [])
+    return Synthetic
+
+
+@pytest.mark.parametrize(("factor", "slower"), [(1.05, True), (1.0, False), (0.9, False), (1.01, False)])
+def test_five_percent_is_slower_and_noise_is_not(synthetic, factor, slower):
+    result = gate.compare(Path("base"), Path(str(factor)), [], rounds=8)
     assert result["slower"] is slower and result["band"] < 0.03
     assert bool(gate.problems(result)) is slower
+    assert result["launches"] >= (gate.CONFIRM if slower else gate.LEAST)
 
 
-def test_more_memory_is_a_problem(monkeypatch):
-    monkeypatch.setattr(gate, "Version", Synthetic)
+def test_launches_are_added_until_five_percent_can_be_seen(synthetic, monkeypatch, capsys):
+    noisy = random.Random(3)
+    monkeypatch.setattr(Synthetic, "ask", lambda self, what, quiet=Synthetic.ask: (
+        {"seconds": noisy.gauss(1.0, 0.06)} if what == "step" else quiet(self, what)
+    ))  # fmt: skip
+    sure = gate.compare(Path("base"), Path("1.0"), [], rounds=8)
+    assert sure["launches"] > gate.LEAST and sure["seen"] <= gate.SURE
+    unsure = gate.compare(Path("base"), Path("1.0"), [], rounds=8, limit=0.0)
+    assert unsure["launches"] == gate.LEAST and unsure["seen"] > gate.SURE
+    assert gate.report_problems(unsure) == []
+    assert "the machine is too busy to see less than" in capsys.readouterr().err
+
+
+def test_no_version_steps_twice_in_a_row_and_each_follows_each_equally_often(synthetic, monkeypatch):
+    steps = []
+    monkeypatch.setattr(Synthetic, "ask", lambda self, what: steps.append(self.name) or {"seconds": 1.0, "above": 0})
+    gate.launch([(name, Path("1.0"), []) for name in "abc"], rounds=4)
+    followed = Counter(itertools.pairwise(steps[3:]))  # the first three are warm-ups
+    assert all(a != b for a, b in followed) and len(followed) == 6
+    assert max(followed.values()) - min(followed.values()) <= 1
+
+
+def test_launches_start_their_processes_in_another_order(synthetic):
+    gate.compare(Path("base"), Path("1.05"), [], rounds=8)
+    assert synthetic.started[0] == "head"  # judged for parity, in a process of its own
+    assert [synthetic.started[i] for i in (1, 4, 7)] == ["head", "base", "base again"]
+
+
+def test_planted_errors_are_told_from_those_that_are_missed(synthetic, capsys):
+    arguments = ["--head", "1.0", "--plant"]
+    assert gate.main([*arguments, "sleep:0.05"]) == 0 and "caught: sleep:0.05" in capsys.readouterr().out
+    assert gate.main([*arguments, "sleep:0.001"]) == 1 and "NOT caught: sleep:0.001" in capsys.readouterr().out
+
+
+def test_a_planted_sleep_lasts_its_share_of_the_step():
+    worker = gate_worker.Worker("tiny", "fuselora", "sleep:0.5")
+    worker.trainer = SimpleNamespace(step=lambda: SimpleNamespace(total=0.2))
+    assert 0.1 <= worker.step()["seconds"] < 0.2
+
+
+def test_more_memory_is_a_problem(synthetic):
     assert any("larger: 400 MiB" in text for text in gate.problems(gate.compare(Path("base"), Path("9.0"), [], 2)))
 
 
@@ -64,6 +123,7 @@ def test_a_planted_sleep_is_in_the_step_of_that_version_only(planted):
     for directory, slept in ((tree, True), (ROOT, False)):
         version = gate.Version("any", directory, ["--preset", "tiny", "--side", "fuselora"])
         try:
+            version.start()
             version.ask("warm up")
             assert (version.ask("step")["seconds"] >= 3.0) is slept
         finally:
@@ -78,7 +138,24 @@ def test_a_planted_wrong_gradient_gets_no_figure(planted, capsys):
     assert "gate: wrong: a gradient" in printed.err and "no parity, no figures" in printed.out
 
 
-def test_an_unknown_commit_is_one_line(capsys):
-    with pytest.raises(SystemExit) as stop:
-        gate.main(["--base", "no-such-commit"])
-    assert stop.value.code == 2 and "expected a commit or a checkout, got 'no-such-commit'" in capsys.readouterr().err
+def test_the_gradient_that_the_gate_plants_itself_is_caught(capsys):
+    assert gate.main(["--preset", "tiny", "--plant", "gradient"]) == 0
+    printed = capsys.readouterr()
+    assert "gate: wrong: a gradient" in printed.err and "caught: gradient" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--base", "no-such-commit"], "expected a commit or a checkout, got 'no-such-commit'"),
+        (["--plant", "sleep"], "--plant: expected gradient or sleep:FRACTION, got 'sleep'"),
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_one_line(capsys, arguments, said):
+    try:
+        code = gate.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    err = capsys.readouterr().err
+    assert code == 2 and said in err and err.count("\n") == 1
