@@ -19,6 +19,13 @@ def check_float(op: str, name: str, tensor: torch.Tensor) -> None:
         raise fail(op, f"{name}.dtype", "fp32, bf16, fp16 or fp64", tensor.dtype, f"cast {name} first")
 
 
+def check_rows(op: str, name: str, tensor: torch.Tensor) -> None:
+    """A float tensor whose last dimension is that of features."""
+    check_float(op, name, tensor)
+    if tensor.dim() == 0:
+        raise fail(op, f"{name}.dim()", "at least 1", "0 (shape ())", f"reshape {name}")
+
+
 def check_dim(op: str, name: str, tensor: torch.Tensor, dim: int, size: int) -> None:
     if tensor.dim() == 0 or tensor.shape[dim] != size:
         raise fail(op, f"{name}.shape[{dim}]", size, tuple(tensor.shape), f"pass a {name} that fits")

@@ -200,8 +200,9 @@ def dora_linear(
     Raises:
         ValueError: wrong dtype, shape, device or dropout probability, or an adapter with a bias.
     """
-    checks.check_float("dora_linear", "x", x)
+    checks.check_rows("dora_linear", "x", x)
     check_projection("dora_linear", "layer", x, Projection(weight, bias, lora))
+    checks.check_float("dora_linear", "magnitude", magnitude)
     checks.check_ndim("dora_linear", "magnitude", magnitude, 1)
     checks.check_dim("dora_linear", "magnitude", magnitude, 0, weight.shape[0])
     checks.check_same_device("dora_linear", x=x, magnitude=magnitude)

@@ -130,10 +130,13 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
         Contiguous tensor of x's shape and dtype. Saves 8 bytes for backward.
 
     Raises:
-        ValueError: wrong dtype or p.
+        ValueError: wrong dtype, p or seed.
     """
     checks.check_float("dropout", "x", x)
     checks.check_range("dropout", "p", p, 0.0, 1.0)
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device.type != "cpu"):
+        got = f"{tuple(seed.shape)} {seed.dtype} on {seed.device}"
+        raise checks.fail("dropout", "seed", "one torch.int64 on the CPU", got, "pass None to draw one")
     if p == 0.0:
         return x
     return _Dropout.apply(x, draw_seed() if seed is None else seed, p)

@@ -189,10 +189,11 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     Raises:
         ValueError: wrong dtype, device or shape.
     """
-    checks.check_float("layer_norm", "x", x)
+    checks.check_rows("layer_norm", "x", x)
     checks.check_same_device("layer_norm", x=x, weight=weight, bias=bias)
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:
+            checks.check_float("layer_norm", name, vector)
             checks.check_ndim("layer_norm", name, vector, 1)
             checks.check_dim("layer_norm", name, vector, 0, x.shape[-1])
     return _LayerNorm.apply(x, weight, bias, eps)

@@ -97,6 +97,8 @@ def _operands(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labe
     checks.check_same_device(op, hidden=hidden, weight=weight, bias=bias, labels=labels)
     checks.check_ndim(op, "weight", weight, 2)
     checks.check_dim(op, "hidden", hidden, -1, weight.shape[1])
+    if weight.shape[0] == 0:
+        raise checks.fail(op, "weight.shape[0]", "a vocabulary of at least 1", 0, "pass the whole head")
     if bias is not None:
         checks.check_ndim(op, "bias", bias, 1)
         checks.check_dim(op, "bias", bias, 0, weight.shape[0])

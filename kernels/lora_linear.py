@@ -163,17 +163,27 @@ def check_projection(op: str, name: str, x: Tensor, proj: Projection) -> None:
     """Raise ValueError unless shapes, devices and dropout probability fit the input."""
     if isinstance(proj.weight, Quantized4bit):
         check_quantized(f"{op}: {name}.weight", proj.weight)
+    else:
+        checks.check_float(op, f"{name}.weight", proj.weight)
     checks.check_ndim(op, f"{name}.weight", proj.weight, 2)
     checks.check_dim(op, f"{name}.weight", proj.weight, 1, x.shape[-1])
     if proj.bias is not None:
-        checks.check_dim(op, f"{name}.bias", proj.bias, 0, proj.weight.shape[0])
-    checks.check_same_device(op, x=x, weight=proj.weight)
+        _check_bias(op, f"{name}.bias", proj.bias, proj.weight.shape[0])
+    checks.check_same_device(op, x=x, weight=proj.weight, bias=proj.bias)  # type: ignore[arg-type]
     check_adapters(op, f"{name}.lora", x, proj.lora, proj.weight.shape[0])
+
+
+def _check_bias(op: str, name: str, bias: Tensor, size: int) -> None:
+    checks.check_float(op, name, bias)
+    checks.check_ndim(op, name, bias, 1)
+    checks.check_dim(op, name, bias, 0, size)
 
 
 def check_adapters(op: str, name: str, x: Tensor, lora: LoRA | tuple[LoRA, ...] | None, out_features: int) -> None:
     for j, one in enumerate(adapters(lora)):
         where = name if isinstance(lora, LoRA) else f"{name}[{j}]"
+        checks.check_float(op, f"{where}.a", one.a)
+        checks.check_float(op, f"{where}.b", one.b)
         checks.check_ndim(op, f"{where}.a", one.a, 2)
         checks.check_dim(op, f"{where}.a", one.a, 1, x.shape[-1])
         if one.a.shape[0] == 0:
@@ -181,8 +191,10 @@ def check_adapters(op: str, name: str, x: Tensor, lora: LoRA | tuple[LoRA, ...] 
         if one.b.shape != (out_features, one.a.shape[0]):
             expected = (out_features, one.a.shape[0])
             raise checks.fail(op, f"{where}.b.shape", expected, tuple(one.b.shape), "a and b must share their rank")
+        if one.bias is not None:
+            _check_bias(op, f"{where}.bias", one.bias, out_features)
         checks.check_range(op, f"{where}.p", one.p, 0.0, 1.0)
-        checks.check_same_device(op, x=x, a=one.a, b=one.b)
+        checks.check_same_device(op, x=x, a=one.a, b=one.b, bias=one.bias)
 
 
 def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
@@ -198,7 +210,7 @@ def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, 
     Raises:
         ValueError: wrong dtype, shape, device or dropout probability.
     """
-    checks.check_float("lora_linears", "x", x)
+    checks.check_rows("lora_linears", "x", x)
     for i, proj in enumerate(projections):
         check_projection("lora_linears", f"projections[{i}]", x, proj)
     tensors, static = flatten([prepare(p, x) for p in projections])
@@ -228,8 +240,11 @@ def lora_delta(y: Tensor, x: Tensor, lora: LoRA | tuple[LoRA, ...], routes: Tens
     Raises:
         ValueError: wrong dtype, shape, device or dropout probability, no adapter, or a routed one with a bias.
     """
-    checks.check_float("lora_delta", "y", y)
-    checks.check_float("lora_delta", "x", x)
+    checks.check_rows("lora_delta", "y", y)
+    checks.check_rows("lora_delta", "x", x)
+    if x.shape[:-1].numel() != y.shape[:-1].numel():
+        raise checks.fail("lora_delta", "x", f"as many rows as y {tuple(y.shape)}", tuple(x.shape), "pass y's input")
+    checks.check_same_device("lora_delta", x=x, y=y)
     check_adapters("lora_delta", "lora", x, lora, y.shape[-1])
     if not adapters(lora):
         raise checks.fail("lora_delta", "lora", "at least one adapter", lora, "use y where no adapter is active")

@@ -122,10 +122,10 @@ def _placeholder(x: Tensor, down: Projection, dtype: torch.dtype) -> Tensor:
 
 
 def _apply(x: Tensor, inputs: list[Projection], down: Projection, act: str) -> Tensor:
+    checks.check_rows("lora_mlp", "x", x)
     for name, proj in zip(("gate", "up") if len(inputs) == 2 else ("gate_up",), inputs, strict=True):
         check_projection("lora_mlp", name, x, proj)
     width = sum(proj.weight.shape[0] for proj in inputs) // 2
-    checks.check_float("lora_mlp", "x", x)
     check_projection("lora_mlp", "down", x.new_empty(0, width), down)
     checks.check_choice("lora_mlp", "act", act, glu.ACTIVATIONS)
     tensors, static = flatten([prepare(p, x) for p in (*inputs, down)])

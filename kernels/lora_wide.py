@@ -121,7 +121,7 @@ def lora_linears_wide(x: Tensor, projections: Sequence[Projection], base_dtype: 
     Raises:
         ValueError: wrong dtype, shape, device or dropout probability, or a weight that requires grad.
     """
-    checks.check_float("lora_linears_wide", "x", x)
+    checks.check_rows("lora_linears_wide", "x", x)
     checks.check_choice("lora_linears_wide", "base_dtype", base_dtype, checks.FLOATS)
     for i, proj in enumerate(projections):
         lora_linear.check_projection("lora_linears_wide", f"projections[{i}]", x, proj)

@@ -316,7 +316,8 @@ def check_quantized(op: str, q: Quantized4bit) -> None:
     for name, part, _, _ in parts:
         if not isinstance(part, Tensor):
             beside = " beside absmax2" if name in NESTED_PARTS else ""
-            raise checks.fail(op, name, f"a tensor{beside}", repr(part), "pass the whole quantisation state")
+            got = None if part is None else type(part).__name__
+            raise checks.fail(op, name, f"a tensor{beside}", got, "pass the whole quantisation state")
     for name, part, size, dtype in parts:
         if part.numel() != size or part.dim() > 1 or part.dtype != dtype or not part.is_contiguous():
             want = f"{size} contiguous {dtype} values for shape {tuple(q.shape)}"

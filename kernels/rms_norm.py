@@ -281,10 +281,11 @@ class _AddRMSNorm(torch.autograd.Function):
 
 
 def _check(op: str, x: Tensor, weight: Tensor | None, mode: str) -> None:
-    checks.check_float(op, "x", x)
+    checks.check_rows(op, "x", x)
     checks.check_choice(op, "mode", mode, MODES)
     checks.check_same_device(op, x=x, weight=weight)
     if weight is not None:
+        checks.check_float(op, "weight", weight)
         checks.check_ndim(op, "weight", weight, 1)
         checks.check_dim(op, "weight", weight, 0, x.shape[-1])
 
