@@ -38,6 +38,8 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple
             name = f"{names[id(p)]}/{key}"
             if isinstance(value, Tensor):
                 tensors[name] = whole(value).contiguous()
+                if key.startswith("qmap"):  # bitsandbytes' code, one tensor for all weights, which safetensors refuses
+                    tensors[name] = tensors[name].clone()
             else:
                 numbers[name] = value
     return tensors, numbers

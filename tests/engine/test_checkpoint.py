@@ -77,13 +77,20 @@ def test_resume_is_bit_exact(start, save_steps, after):
     assert_same_end(resumed, whole)
 
 
-def test_resume_of_a_fused_run_is_bit_exact(start):
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("optim", ["auto", "adamw_8bit"])
+def test_resume_of_a_fused_run_is_bit_exact(start, optim, packing):
     """Fused dropout draws its masks from a generator of its own kind; that has to come back too."""
-    whole = start("whole", save_strategy="no", fuse=True)
+    if optim == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    keys = {"fuse": True, "optim": optim, "packing": packing, "cutoff_len": 64}
+    if optim == "adamw_8bit":
+        keys["optim_args"] = {"min_8bit_size": 64}  # below 4096 values states are fp32 otherwise
+    whole = start("whole", save_strategy="no", **keys)
     whole.fit()
-    killed(start, "cut", 6, fuse=True)
+    killed(start, "cut", 6, **keys)
     torch.manual_seed(999)
-    resumed = start("cut", resume_from_checkpoint=True, fuse=True)
+    resumed = start("cut", resume_from_checkpoint=True, **keys)
     resumed.resume()
     resumed.fit()
     assert_same_end(resumed, whole)
