@@ -4,6 +4,11 @@
 // cache, a segment of the terms' joint depth at a time; tiles of 6 x 64 sums (4 x 16 to 24 x 16 at other widths) read
 // the left operands as they lie. Between segments the sums of a block rest in fp32. Segments are a function of the
 // terms' depths alone, and every sum is over ascending k, so results don't depend on the number of threads.
+//
+// Two things keep the multipliers from waiting for memory. While a segment is multiplied, the next one's right operand
+// is fetched into the L2 cache. And where the depth is large, as in the input gradient of a head, a thread takes a
+// segment of four panels before it goes on to the next: the left operand's segment stays in cache, and the right one's
+// rows are read in pieces of 512 bytes instead of 128.
 #include "cpu/gemm_few_rows.h"
 
 #if defined(_OPENMP)
@@ -21,6 +26,7 @@ template <class Panel>
 constexpr int64_t kSegment = 128;
 template <>
 constexpr int64_t kSegment<uint32_t> = 1280;
+constexpr int64_t kDeep = 8192;  // from which depth on panels are taken in groups
 constexpr int64_t kCut = 64;  // where a term is cut: a multiple of this from its beginning
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -54,7 +60,7 @@ void with_source(const GemmTerm& term, Use use) {
 
 // How the work is divided.
 struct Plan {
-  int64_t panels, blocks, block_rows, segment;
+  int64_t panels, group, blocks, block_rows, segment;
   bool rests;  // whether sums rest in memory between segments or before they are written
   int threads;
 };
@@ -68,8 +74,11 @@ Plan plan(const Gemm& g) {
   p.segment = round_up((depth + segments - 1) / segments, kCut);
   p.threads = team(g.m * g.n * depth / 64, g.threads);
   p.panels = (g.n + kPanelColumns - 1) / kPanelColumns;
+  p.group = depth < kDeep ? 1 : (p.panels - 1) / (2 * p.threads) + 1;
+  if (p.group > kGemmGroup) p.group = kGemmGroup;
   p.rests = segments > 1 || g.count > kStretches || g.out_col != 1;
-  const int64_t least = p.rests ? (g.m + kGemmRows - 1) / kGemmRows : 1, wanted = (2 * p.threads - 1) / p.panels + 1;
+  const int64_t groups = (p.panels - 1) / p.group + 1, wanted = (2 * p.threads - 1) / groups + 1;
+  const int64_t least = p.rests ? (g.m + kGemmRows - 1) / kGemmRows : 1;
   p.block_rows = round_up((g.m - 1) / (least > wanted || p.threads == 1 ? least : wanted) + 1, kSums);
   p.blocks = (g.m - 1) / p.block_rows + 1;
   return p;
@@ -122,49 +131,81 @@ void scatter_as(int32_t dtype, const Gemm& g, const float* sums, int64_t row, in
   scatter<float>(g, sums, row, rows, part);
 }
 
+// What the segment at `at` of a panel reads, in lines for the tiles of a segment of so many rows.
+Ahead ahead_of(const Gemm& g, const Plan& p, const Cursor& at, int64_t panel, int64_t rows) {
+  Ahead a;
+  const int64_t j0 = panel * kPanelColumns;
+  if (at.term >= g.count || j0 >= g.n) return a;
+  const GemmTerm& term = g.terms[at.term];
+  const int64_t depth = term.k - at.k < p.segment ? term.k - at.k : p.segment;
+  const int64_t count = g.n - j0 < kPanelColumns ? g.n - j0 : kPanelColumns;
+  const int64_t row = term.b_by_rows ? at.k : j0, column = term.b_by_rows ? j0 : at.k;
+  const auto bytes = [&](int64_t elements) {
+    return term.quantized ? elements / 2 : elements * (term.b_dtype == FUSELORA_F32 ? 4 : 2);
+  };
+  const void* b = term.quantized ? term.quantized->data : term.b;
+  a.stride = bytes(term.b_stride);
+  a.data = static_cast<const char*>(b) + row * a.stride + bytes(column);
+  a.rows = term.b_by_rows ? depth : count;
+  a.bytes = bytes(term.b_by_rows ? count : depth);
+  const int64_t fetches = (rows * kMaxVecs / kSums + 1) * (p.segment / kFetchDepth + 1);
+  a.lines = (a.rows * ((a.bytes - 1) / Ahead::kLine + 1) - 1) / fetches + 1;
+  return a;
+}
+
 // A thread's memory, and the columns of a panel.
 template <class Dot>
 struct Place {
   float* bias;
-  float* sums;
   typename Dot::Panel* panel;
+  float* sums;
   int64_t j0, count, width;
   Place(const Gemm& g, int64_t panel_index, char* memory)
       : bias(reinterpret_cast<float*>(memory)),
-        sums(bias + kPanelColumns),
-        panel(reinterpret_cast<typename Dot::Panel*>(memory + kGemmSumsBytes)),
+        panel(reinterpret_cast<typename Dot::Panel*>(memory + kGemmBiasBytes)),
+        sums(reinterpret_cast<float*>(memory + kGemmBiasBytes + kGemmPanelBytes)),
         j0(panel_index * kPanelColumns),
         count(g.n - j0 < kPanelColumns ? g.n - j0 : kPanelColumns),
         width(round_up(count, kLanes)) {
-    const auto* given = static_cast<const typename Dot::Left*>(g.bias);
+  const auto* given = static_cast<const typename Dot::Left*>(g.bias);
     for (int64_t j = 0; j < width; j += kLanes)
       store(bias + j, given && j < count ? load_some(given + j0 + j, count - j) : splat(0), Full{});
   }
   Tile<Dot> tile(const Gemm& g, int64_t row, bool rests) const {
     const int64_t bytes = g.out_dtype == FUSELORA_F32 ? 4 : 2;
     char* out = static_cast<char*>(g.out) + (row * g.out_row + j0) * bytes;
-    return {nullptr, 0,       panel, sums, rests, true, false, g.alpha, bias, g.out_col == 1 ? out : nullptr,
-            g.out_row, count, g.out_dtype};
+    const bool direct = g.out_col == 1 && g.out_dtype == kDtype<typename Dot::Left> && count == width;
+    return {nullptr, 0,       panel,  sums,  rests,       true,   false,  g.alpha, bias,
+            g.out_col == 1 ? out : nullptr, g.out_row, count, g.out_dtype, direct, nullptr};
   }
 };
 
-// One block of rows times one panel of columns. memory: [kGemmWorkspace] bytes.
+// One block of rows times a group of panels of columns. memory: [kGemmWorkspace] bytes.
 template <class T, class Dot>
-void block(const Gemm& g, const Plan& p, int64_t index, char* memory) {
-  const Place<Dot> place(g, index / p.blocks, memory);
-  const int64_t row = index % p.blocks * p.block_rows;
+void block(const Gemm& g, const Plan& p, int64_t task, char* memory) {
+  const int64_t begin = task / p.blocks * p.group, end = begin + p.group < p.panels ? begin + p.group : p.panels;
+  const int64_t row = task % p.blocks * p.block_rows;
   const int64_t rows = g.m - row < p.block_rows ? g.m - row : p.block_rows;
-  const Part part{0, 0, place.j0, place.count, place.width};
   Stretch<T> stretches[kStretches];
-  Tile<Dot> tile = place.tile(g, row, p.rests);
-  tile.stretches = stretches;
-  Cursor at;
-  for (; !tile.last; tile.first = false) {
-    next_segment<T, Dot>(g, p, row, part, place.panel, at, stretches, tile.count);
-    tile.last = at.term == g.count;
-    tiles_of_width(tile, part.width, rows);
-  }
-  if (g.out_col != 1) scatter_as(g.out_dtype, g, place.sums, row, rows, part);
+  for (Cursor at, next; at.term < g.count; at = next)
+    for (int64_t index = begin; index < end; ++index) {
+      const Place<Dot> place(g, index, memory);
+      const Part part{0, 0, place.j0, place.count, place.width};
+      Tile<Dot> tile = place.tile(g, row, p.rests);
+      tile.stretches = stretches;
+      tile.sums += (index - begin) * p.block_rows * kPanelColumns;
+      tile.first = at.term == 0 && at.k == 0;
+      next = at;
+      next_segment<T, Dot>(g, p, row, part, place.panel, next, stretches, tile.count);
+      tile.last = next.term == g.count;
+      // Behind the group's last panel its first one follows; behind a task most likely the one `threads` further on.
+      Ahead ahead = index + 1 < end ? ahead_of(g, p, at, index + 1, rows)
+                    : tile.last     ? ahead_of(g, p, Cursor(), (task + p.threads) / p.blocks * p.group, rows)
+                                    : ahead_of(g, p, next, begin, rows);
+      tile.ahead = &ahead;
+      tiles_of_width(tile, part.width, rows);
+      if (tile.last && g.out_col != 1) scatter_as(g.out_dtype, g, tile.sums, row, rows, part);
+    }
 }
 
 // All rows, of which there are few, times one panel's columns, without a panel.
@@ -195,9 +236,10 @@ template <class T, class Dot, class Along>
 void product(const Gemm& g) {
   Plan p = plan<Dot>(g);
   const bool few = along_depth(g);
-  if (few) p.blocks = 1;
+  if (few) p.blocks = p.group = 1;
+  const int64_t tasks = ((p.panels - 1) / p.group + 1) * p.blocks;
 #pragma omp parallel for num_threads(p.threads) if (p.threads > 1) schedule(dynamic)
-  for (int64_t index = 0; index < p.panels * p.blocks; ++index) {
+  for (int64_t index = 0; index < tasks; ++index) {
 #if defined(_OPENMP)
     char* memory = g.workspace + omp_get_thread_num() * kGemmWorkspace;
 #else

@@ -69,6 +69,25 @@ struct Stretch {
 
 constexpr int kStretches = 16;
 
+// What the next segment will read of its right operand, brought into the L2 cache a few lines at a time while tiles are
+// computed. All lines at once would wait for memory as the loads do that they were to spare.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t stride = 0, bytes = 0, rows = 0;  // bytes that are read of each row
+  int64_t lines = 0;                        // at a time
+  int64_t row = 0, byte = 0;
+  void fetch() {
+    for (int64_t i = 0; i < lines && row < rows; ++i) {
+      __builtin_prefetch(data + row * stride + byte, 0, 2);
+      byte += kLine;
+      if (byte >= bytes) ++row, byte = 0;
+    }
+  }
+  static constexpr int64_t kLine = 64;
+};
+
+constexpr int64_t kFetchDepth = 64;  // of a tile's k from one fetch to the next
+
 // Registers of sums: 24 of 32 with AVX-512, 12 of 16 (six pairs) with AVX2.
 #if defined(__AVX512F__)
 constexpr int kMaxVecs = 4, kSums = 24;
@@ -90,7 +109,18 @@ struct Tile {
   void* out;
   int64_t out_stride, columns;
   int32_t out_dtype;
+  bool direct;   // whether results go from registers to out: [.., width] of Left
+  Ahead* ahead;  // null if no stretch has any depth
 };
+
+template <class T>
+static inline void store_sum(T* out, Vec x) { store(out, x, Full{}); }
+#if defined(__AVX512BF16__)
+// One instruction for eight. It takes subnormals for zero, as vdpbf16ps does with what it sums.
+static inline void store_sum(bf16* out, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(x.v));
+}
+#endif
 
 // alpha * sums + bias of some rows to T; out null: to the sums.
 template <class T>
@@ -114,11 +144,37 @@ static void finish(const Tile<Dot>& t, float* sums, int64_t width, int64_t row, 
   write_rows(sums, width, t.alpha, t.bias, static_cast<float*>(t.out) + at, t.out_stride, t.columns, rows);
 }
 
+// What was summed before, and these sums, to `kept` or, finished, to out.
+template <class Dot, int kVecs, int kRows>
+static inline void add_sums(const Tile<Dot>& t, const Vec (&sums)[kRows][kVecs], float* kept, int64_t row) {
+  constexpr int kWidth = kVecs * kLanes;
+  if (t.last && t.direct) {
+    typename Dot::Left* out = static_cast<typename Dot::Left*>(t.out) + row * t.out_stride;
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      const Vec alpha = splat(t.alpha), bias = load(t.bias + j * kLanes, Full{});
+#pragma GCC unroll 24
+      for (int i = 0; i < kRows; ++i) {
+        const Vec sum = t.first ? sums[i][j] : load(kept + i * kWidth + j * kLanes, Full{}) + sums[i][j];
+        store_sum(out + i * t.out_stride + j * kLanes, fma(sum, alpha, bias));
+      }
+    }
+    return;
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      float* at = kept + i * kWidth + j * kLanes;
+      store(at, t.first ? sums[i][j] : load(at, Full{}) + sums[i][j], Full{});
+    }
+  if (t.last) finish(t, kept, kWidth, row, kRows);
+}
+
 // kRows rows from row on. Every loop over sums is unrolled, so that they stay in registers.
 template <class Dot, int kVecs, int kRows>
 __attribute__((noinline)) void tile(const Tile<Dot>& t, int64_t row) {
   constexpr int kWidth = kVecs * kLanes;
-  float* kept = t.sums + (t.rests ? row * kWidth : 0);
   Vec sums[kRows][kVecs];
 #pragma GCC unroll 24
   for (int i = 0; i < kRows; ++i)
@@ -126,20 +182,24 @@ __attribute__((noinline)) void tile(const Tile<Dot>& t, int64_t row) {
     for (int j = 0; j < kVecs; ++j) sums[i][j] = splat(0);
   const typename Dot::Panel* panel = t.panel;
   for (int s = 0; s < t.count; ++s) {
-    const int64_t stride = t.stretches[s].stride, depth = t.stretches[s].depth;
+    const int64_t stride = t.stretches[s].stride, depth = t.stretches[s].depth, whole = depth - depth % Dot::kDepth;
     const typename Dot::Left* left = t.stretches[s].left + row * stride;
     typename Dot::Column columns[kVecs];
-    for (int64_t k = 0; k + Dot::kDepth <= depth; k += Dot::kDepth, panel += kWidth) {
+    for (int64_t k = 0; k < whole;) {
+      t.ahead->fetch();
+      const int64_t end = k + kFetchDepth < whole ? k + kFetchDepth : whole;
+      for (; k < end; k += Dot::kDepth, panel += kWidth) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) columns[j] = Dot::column(panel + j * kLanes);
+        for (int j = 0; j < kVecs; ++j) columns[j] = Dot::column(panel + j * kLanes);
 #pragma GCC unroll 24
-      for (int i = 0; i < kRows; ++i) {
-        const auto spread = Dot::spread_left(left + i * stride + k);
+        for (int i = 0; i < kRows; ++i) {
+          const auto spread = Dot::spread_left(left + i * stride + k);
 #pragma GCC unroll 4
-        for (int j = 0; j < kVecs; ++j) sums[i][j] = Dot::step(sums[i][j], spread, columns[j]);
+          for (int j = 0; j < kVecs; ++j) sums[i][j] = Dot::step(sums[i][j], spread, columns[j]);
+        }
       }
     }
-    if (depth % Dot::kDepth == 0) continue;
+    if (whole == depth) continue;
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) columns[j] = Dot::column(panel + j * kLanes);
 #pragma GCC unroll 24
@@ -150,14 +210,7 @@ __attribute__((noinline)) void tile(const Tile<Dot>& t, int64_t row) {
     }
     panel += kWidth;
   }
-#pragma GCC unroll 24
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) {
-      float* at = kept + i * kWidth + j * kLanes;
-      store(at, t.first ? sums[i][j] : load(at, Full{}) + sums[i][j], Full{});
-    }
-  if (t.last) finish(t, kept, kWidth, row, kRows);
+  add_sums<Dot, kVecs, kRows>(t, sums, t.sums + (t.rests ? row * kWidth : 0), row);
 }
 
 constexpr int fewer_rows(int rows) { return rows > 16 ? 16 : rows > 8 ? 8 : rows > 4 ? 4 : rows > 2 ? 2 : 1; }

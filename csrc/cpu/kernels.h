@@ -227,10 +227,11 @@ struct QuantizeAbsmax {
 
 using GemmTerm = fuselora_gemm_term;
 
-// Rows whose sums rest in fp32 between segments of the depth; a thread's memory: those of a block and a panel's bias,
-// and a panel.
-constexpr int64_t kGemmRows = 1024, kGemmSumsBytes = (kGemmRows + 32) * 64 * 4, kGemmPanelBytes = (1280 + 64) * 64 * 2;
-constexpr int64_t kGemmWorkspace = kGemmSumsBytes + kGemmPanelBytes;
+// Rows whose sums rest in fp32 between segments of the depth, and panels whose sums do at the same time. A thread's
+// memory: the bias of a panel, the panel, and the sums; what a product doesn't need is never touched.
+constexpr int64_t kGemmRows = 1024, kGemmGroup = 4, kGemmBiasBytes = 64 * 4, kGemmPanelBytes = (1280 + 64) * 64 * 2;
+constexpr int64_t kGemmSumsBytes = kGemmGroup * (kGemmRows + 24) * 64 * 4;
+constexpr int64_t kGemmWorkspace = kGemmBiasBytes + kGemmPanelBytes + kGemmSumsBytes;
 
 struct Gemm {
   void* out;
