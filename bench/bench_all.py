@@ -1,77 +1,104 @@
 """The whole suite on this machine's CPU, in about twenty minutes, with a report at the end.
 
     make bench-all                                      # build/bench: JSON records, report.md, plots
-    python bench/bench_all.py --out DIR --budget 1200 --only steps --only report
+    python bench/bench_all.py --plan more --budget 900  # the rest of the committed tables
+    python bench/bench_all.py --plan grid               # every base, layout and length against every rung; repeat it
+    python bench/bench_all.py --save                    # and its records under bench/results, the tables made anew
 
-Runs in order of priority; what is recorded already, by this very commit without changes, is not measured again, so that
-a run that was cut short goes on where it ended. Every step run begins with the parity gate. On a GPU: gpu_suite.py.
+Runs in order of priority (``plans.py``); what is recorded already, by this very commit without changes, is not measured
+again, so that a run that was cut short goes on where it ended. Every step run begins with the parity gate. On a GPU:
+gpu_suite.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import plans
 import report
+import tables
 import write_report
 from gpu_suite import ROOT, Suite
+from plans import STEP, Run
 
-STEP = "bench/train_step.py"
-STOCK = ("--baseline", "peft", "peft-bf16")
-# name -> (script and arguments, seconds it may take)
-RUNS: dict[str, tuple[tuple[str, ...], float]] = {
-    "cpu": ((STEP, *STOCK, "peft-compile", "fuselora", "--parity-steps", "200"), 240),
-    "cpu-nf4": ((STEP, "--quantize", "nf4", "--rounds", "8", *STOCK, "peft-compute32"), 240),
-    "cpu-checkpointing": ((STEP, "--checkpointing", "--rounds", "6", "--baseline", "peft"), 120),
-    "cpu-packed": ((STEP, "--packed", "--rounds", "6", "--baseline", "peft"), 120),
-    "cpu-nf4-prepared": ((STEP, "--quantize", "nf4", "--prepared", "--rounds", "5", "--baseline", "peft"), 150),
-    "cpu-lengths": ((STEP, "--lengths", "128", "512", "2048", "--rounds", "4", "--baseline", "peft-bf16"), 200),
-    "cpu-8192": ((STEP, "--batch", "1", "--seq", "8192", "--rounds", "2", "--warmup", "1", "--baseline", "peft"), 240),
-    "cpu-toggle": ((STEP, "--baseline", "peft", "--toggle", "--rounds", "5", "--no-memory"), 200),
-    "kernels": (("bench/op_times.py", "--device", "cpu"), 150),
-    "methods": (("bench/methods.py", "--device", "cpu"), 300),
+SECONDS_PER_TOKEN = 1.3e-3  # of stock PEFT on the cpu preset
+PLANS: dict[str, dict[str, Run]] = {
+    "cpu": plans.CPU,
+    "more": plans.CPU_MORE,
+    "grid": plans.grid("cpu", SECONDS_PER_TOKEN),
 }
 
 
 class CpuSuite(Suite):
-    """The runs of RUNS, each a process."""
+    """The runs of a plan, each a process."""
 
-    def arguments(self, name: str, limit: float) -> list[str]:
-        (script, *given), _ = RUNS[name]
-        if script != STEP:
+    def arguments(self, name: str, run: Run, limit: float) -> list[str]:
+        if run.script != STEP:
             more = ["--out", str(self.out), "--budget", f"{max(1.0, limit - 10):.0f}"]
-            return [sys.executable, script, *given, *more, *(["--smoke"] if self.args.smoke else [])]
+            return [sys.executable, run.script, *run.arguments, *more, *(["--smoke"] if self.args.smoke else [])]
+        given = list(run.arguments)
         if self.args.smoke:
-            given = [*given, "--preset", "tiny", "--rounds", "1", "--warmup", "1", "--seq", "24", "--no-memory"]
             given = [word for word in given if word != "peft-compile"]
-            given += ["--parity-steps", "20"]
-        return [sys.executable, script, *given, "--device", "cpu", "--json", str(self.out / f"{name}.json")]
+            given += ["--preset", "tiny", "--rounds", "1", "--warmup", "1", "--seq", "24", "--parity-steps", "20"]
+            given += ["--lengths", "24", "48"] if "--lengths" in given else []
+            given += [] if name == "cpu" else ["--no-memory"]
+        return [sys.executable, run.script, *given, "--device", "cpu", "--json", str(self.out / f"{name}.json")]
 
     def all(self) -> bool:
         self.out.mkdir(parents=True, exist_ok=True)
         ok = True
-        for name, (_, expected) in RUNS.items():
+        for name, run in PLANS[self.args.plan].items():
             if self.args.only and name not in self.args.only:
                 continue
-            if RUNS[name][0][0] == STEP and report.of_this_commit(self.out / f"{name}.json"):
+            if run.script == STEP and report.of_this_commit(self.out / f"{name}.json"):
                 print(f"{name}: its record is of this commit, not repeated")
-            elif self.left < expected / 2:
-                print(f"{name}: skipped, {self.left:.0f} s left")
+            elif self.left < run.seconds / 2:
+                print(f"{name}: skipped, {self.left:.0f} s left of {run.seconds:.0f} s expected")
             else:
-                ok = self.run(name, self.arguments(name, 2 * expected), min(self.left, 2 * expected)) and ok
-        print(write_report.write(self.out, self.out))
+                limit = min(self.left, 2 * run.seconds)
+                ok = self.run(name, self.arguments(name, run, limit), limit) and ok
+        if any(self.out.glob("*.json")):
+            print(write_report.write(self.out, self.out))
+        if self.args.save:
+            keep(self.out)
         return ok
+
+
+def keep(folder: Path) -> None:
+    """The records of ``folder`` under bench/results by machine and date, and the documents' tables made from them."""
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        of = record.get("environment")
+        if of is None or record.get("smoke") or any("sides" not in run for run in record.get("runs", ())):
+            print(f"{path.name}: not kept, it holds no figures")
+            continue
+        target = tables.RESULTS / of["machine"] / f"{path.stem}-{of['date']}.json"
+        report.write_json(record, target)
+        print(f"kept: {target.relative_to(tables.RESULTS)}")
+    tables.main(["--write"])
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench")
+    parser.add_argument("--plan", choices=list(PLANS), default="cpu")
     parser.add_argument("--budget", type=float, default=1200.0, help="seconds for everything")
-    parser.add_argument("--only", action="append", choices=list(RUNS), help="these runs (repeat it)")
+    parser.add_argument("--only", action="append", metavar="RUN", help="these runs of the plan (repeat it)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
+    parser.add_argument("--save", action="store_true", help="keep the records in bench/results, rewrite the tables")
     args: Any = parser.parse_args(argv)
+    unknown = set(args.only or ()) - set(PLANS[args.plan])
+    if unknown:
+        known = ", ".join(PLANS[args.plan])
+        parser.exit(
+            2, f"error: --only: expected runs of plan {args.plan} ({known}), got {', '.join(sorted(unknown))}\n"
+        )
+    if args.save and args.smoke:
+        parser.exit(2, "error: --save: expected measured records, got --smoke; leave one out\n")
     return 0 if CpuSuite(args).all() else 1
 
 

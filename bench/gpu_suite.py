@@ -31,26 +31,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import plans
 import report
 import suite_table
 import torch
+from plans import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 # Share of the time left that a stage may take, in order of priority.
 STAGES = {"build": 0.2, "tests": 0.45, "first": 0.2, "choices": 0.15, "layer": 0.2, "kernels": 0.5, "steps": 1.0}
 MEASURED = {"first": "first_run.py", "choices": "choose_gemm.py", "layer": "layer.py", "kernels": "op_times.py"}
-# preset, more arguments, seconds it is expected to take on an H200; what does not fit is skipped and said.
-STEP_RUNS = (
-    ("llama-3-8b", ("--checkpointing", "--rounds", "5"), 100),
-    ("llama-3-8b", ("--rounds", "5"), 90),
-    ("llama-3-8b", ("--quantize", "nf4", "--prepared", "--checkpointing", "--rounds", "5"), 100),
-    ("llama-3-8b", ("--quantize", "nf4", "--checkpointing", "--rounds", "5"), 100),
-    ("llama-3-8b", ("--rounds", "5", "--batch", "2", "--seq", "256"), 60),
-    ("llama-3-8b", ("--rounds", "5", "--packed", "--checkpointing"), 90),
-    ("llama-3-8b", ("--rounds", "3", "--batch", "1", "--lengths", "8192", "32768", "--checkpointing"), 150),
-    ("qwen3-4b", ("--rounds", "5"), 90),
-    ("gemma-2-9b", ("--rounds", "3", "--checkpointing"), 120),
-)
+SECONDS_PER_TOKEN = 4e-4  # of stock PEFT at Llama-3-8B on an H200
+PLANS = {"headline": plans.GPU, "grid": plans.grid("llama-3-8b", SECONDS_PER_TOKEN)}
+SMOKE = {"steps-0": Run(("--preset", "tiny", "--rounds", "1", "--warmup", "1", "--baseline", "peft"), 1)}
 
 
 class Suite:
@@ -108,20 +101,17 @@ class Suite:
         return self.run(name, command, limit)
 
     def steps(self, limit: float) -> bool:
-        runs = (("tiny", ("--rounds", "1", "--warmup", "1"), 1),) if self.args.smoke else STEP_RUNS
-        baselines = ["peft"] if self.args.smoke else ["peft", "peft-bf16", "peft-compile"]
         ok = True
-        for i, (preset, more, expected) in enumerate(runs):
-            if report.of_this_commit(self.out / f"steps-{i}.json"):
-                print(f"steps: {preset} {' '.join(more)}: measured before by this commit")
-                continue
-            if self.left < expected:
-                self.results.setdefault("steps", {"runs": []}).setdefault("skipped", []).append([preset, *more])
-                print(f"steps: {preset} {' '.join(more)} skipped, {self.left:.0f} s left of {expected} s needed")
-                continue
-            target = ["--json", str(self.out / f"steps-{i}.json"), "--device", self.args.device]
-            command = [sys.executable, "bench/train_step.py", "--preset", preset, *more, *target]
-            ok = self.run("steps", [*command, "--baseline", *baselines], self.left) and ok
+        for name, run in (SMOKE if self.args.smoke else PLANS[self.args.plan]).items():
+            path, said = self.out / f"{name}.json", " ".join(run.arguments)
+            if report.of_this_commit(path):
+                print(f"{name}: {said}: measured before by this commit")
+            elif self.left < run.seconds:
+                self.results.setdefault("steps", {"runs": []}).setdefault("skipped", []).append(name)
+                print(f"{name}: {said}: skipped, {self.left:.0f} s left of {run.seconds:.0f} s needed")
+            else:
+                target = ["--json", str(path), "--device", self.args.device]
+                ok = self.run("steps", [sys.executable, run.script, *run.arguments, *target], self.left) and ok
         return ok
 
     def all(self) -> bool:
@@ -168,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything")
     parser.add_argument("--only", action="append", choices=list(STAGES), help="run these stages (repeat it)")
+    parser.add_argument("--plan", choices=list(PLANS), default="headline", help="the step runs (plans.py)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     args = parser.parse_args(argv)

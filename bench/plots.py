@@ -19,6 +19,7 @@ from matplotlib import pyplot  # noqa: E402
 
 INK, OURS = "#333333", "#0072B2"
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+SMALL = 1e6  # bytes; below, an op's time is that of its call
 Run = dict[str, Any]
 
 
@@ -89,10 +90,11 @@ def sweeps(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def lengths(name_of_sweep: str, runs: Sequence[Run], path: Path) -> None:
     """Tokens/s and, where it was measured, memory over the tokens of a row, one line per side."""
     by_length = {run["model"]["seq"]: {side["name"]: side for side in run["sides"]} for run in runs}
-    weighed = all(side["memory"] for sides in by_length.values() for side in sides.values())
+    everywhere = [name for sides in by_length.values() for name in sides]
+    names = [name for name in dict.fromkeys(everywhere) if everywhere.count(name) > 1]
+    weighed = all(side["memory"] for sides in by_length.values() for side in sides.values() if side["name"] in names)
     units = ("tokens/s", "peak above the model, MiB") if weighed else ("tokens/s",)
     figure, panels = pyplot.subplots(1, len(units), figsize=(5.5 * len(units), 4), layout="constrained", squeeze=False)
-    names = list(dict.fromkeys(name for sides in by_length.values() for name in sides))
     for axes, unit in zip(panels[0], units, strict=True):
         for i, name in enumerate(names):
             ours = name.startswith("fuselora")
@@ -115,14 +117,15 @@ def lengths(name_of_sweep: str, runs: Sequence[Run], path: Path) -> None:
 def roofline(record: dict[str, Any], path: Path) -> None:
     """Arithmetic intensity against the rate reached, below the roof that this machine's copy and matmul rates make."""
     bandwidth, peak = record["machine"]["copy_bytes_per_s"], record["machine"]["matmul_flop_per_s"]
-    points = [e for e in record["entries"] if e.get("flops") and e.get("seconds") and e["name"].startswith("op ")]
+    found = [e for e in record["entries"] if e.get("flops") and e.get("seconds") and e["name"].startswith("op ")]
+    points = [e for e in found if e["bytes"] >= SMALL] or found
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     intensity = [e["flops"] / e["bytes"] for e in points]
     span = [min([*intensity, 0.1]) / 2, max([*intensity, peak / bandwidth]) * 4]
     knee = peak / bandwidth
     axes.plot([span[0], knee, span[1]], [span[0] * bandwidth, peak, peak], color=INK, linewidth=1.2, label="roof")
     ops = list(dict.fromkeys(e["name"].split()[1] for e in points))
-    marks = "osD^vP*X<>hp"
+    marks = "osD^vP*X<>h"  # eleven, so that with six colours no two of 66 ops look alike
     for i, op in enumerate(ops):
         for reference in (False, True):
             of = [e for e in points if e["name"].split()[1] == op and e["name"].endswith(" reference") is reference]
@@ -143,7 +146,7 @@ def roofline(record: dict[str, Any], path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("FLOP per byte of the op's cost model")
     axes.set_ylabel("FLOP/s reached")
-    axes.set_title("Ops against this machine's roof (hollow: reference implementation)", fontsize=11)
+    axes.set_title("Ops against this machine's roof (hollow: reference; under 1 MB left out)", fontsize=11)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     _finish(figure, axes, path)
 

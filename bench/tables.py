@@ -135,7 +135,7 @@ def gemms(folder: Path) -> str:
     """The bare matrix products of each run: how far they are from the machine's rate, and the candidate from them."""
     rows = []
     for _, _, run in step_runs(folder):
-        if (bare := run.get("gemms")) is None:
+        if (bare := run.get("gemms")) is None or not any(pair["baseline"] in SIDES for pair in run["comparisons"]):
             continue
         ours = next(side for side in run["sides"] if side["name"] == run["comparisons"][0]["candidate"])
         over, rate = ours["over_gemms"], bare["flops"] / bare["step_s"]["median"]
@@ -270,6 +270,8 @@ def filled(text: str, document: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         made = KINDS[match[2]](RESULTS / match[3])
+        if made.count("\n") < 2:
+            made = "No record yet; `python bench/bench_all.py --save` makes one."
         if document.parent != ROOT:
             made = made.replace("](bench/", "](../bench/")
         return f"{match[1]}{made}\n{match[4]}"
