@@ -207,6 +207,28 @@ def find_resume(output_dir: Path, wish: bool | str | None, *, overwrite: bool = 
     )
 
 
+def set_aside(output_dir: Path, step: int) -> list[Path]:
+    """Rename checkpoints of later steps than the one that a run goes on from, and return their new names: the run is
+    another branch, and one that looks for the newest checkpoint must not end on the branch that was left.
+
+    Raises:
+        UserError: no right to rename.
+    """
+    renamed = []
+    for path in _by_step(output_dir):
+        if int(path.name.removeprefix(PREFIX)) > step:
+            name = f"abandoned-{path.name}"
+            taken = sum(1 for other in output_dir.glob(f"{name}*"))
+            new = output_dir / (f"{name}-{taken + 1}" if taken else name)
+            try:
+                path.rename(new)
+            except OSError as error:
+                want = f"the right to rename {path}, which is of a later step than {step}"
+                raise expected("output_dir", want, first_line(error), "move it away") from error
+            renamed.append(new)
+    return renamed
+
+
 def has_checkpoints(output_dir: Path) -> bool:
     """Whether there are checkpoint folders, complete or not."""
     return next(_by_step(output_dir), None) is not None
@@ -231,17 +253,18 @@ def _by_step(output_dir: Path) -> Iterator[Path]:
 
 def _publish(staging: Path, folder: Path) -> None:
     for path in staging.iterdir():
-        _fsync(path)
-    _fsync(staging)
+        fsync(path)
+    fsync(staging)
     replaced = folder.parent / f".{folder.name}.old"
     if folder.exists():  # the same step again, after a resume from an earlier one
         folder.rename(replaced)
     staging.rename(folder)
-    _fsync(folder.parent)
+    fsync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file or folder on the disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -167,15 +167,13 @@ class Reporting(Callback):
             self.monitors = []
         folder = Path(self.config.logging_dir or Path(self.config.output_dir) / "runs")
         name = self.config.run_name or Path(self.config.output_dir).name
-        for monitor in self.monitors:
-            monitor.start(name, folder, _settings(self.config), trainer.step)
         ok = False
-        try:
+        with ExitStack() as started:  # all of them are finished, whichever start or finish fails
+            for monitor in self.monitors:
+                monitor.start(name, folder, _settings(self.config), trainer.step)
+                started.callback(lambda monitor=monitor: monitor.finish(ok))
             yield
             ok = True
-        finally:
-            for monitor in self.monitors:
-                monitor.finish(ok)
 
     def on_begin(self, trainer: Trainer) -> None:
         if trainer.world.main:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from fuselora.engine import metrics
 from fuselora.engine.adapters import load_adapter, merge_adapters, merged_first, save_adapter_files
 from fuselora.engine.chat import prompt_ids
-from fuselora.engine.checkpoint import PREFIX, has_checkpoints
+from fuselora.engine.checkpoint import PREFIX, fsync, has_checkpoints
 from fuselora.engine.config import Config
 from fuselora.engine.config_docs import config_yaml
 from fuselora.engine.data import Conversation
@@ -139,8 +139,11 @@ def save_result(model: Any, folder: Path, config: Config, state: dict[str, torch
         else:
             save_model(model, staging, torch.bfloat16 if config.bf16 else None, state)
         for path in staging.iterdir():
+            fsync(path)
+        for path in staging.iterdir():
             path.replace(folder / path.name)
         staging.rmdir()
+        fsync(folder)
 
 
 def save_model(

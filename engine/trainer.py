@@ -124,6 +124,8 @@ class Trainer:
         resume_step = self.step if self.resumed else None
         if self.world.main:
             self.log = metrics.RunLog(self.output_dir, total_steps=self.total_steps, resume_step=resume_step)
+            for left in checkpoint.set_aside(self.output_dir, self.step) if self.resumed else ():
+                self.log.show(f"going on from step {self.step}: a checkpoint of a later step is now {left}")
         else:
             self.log = SilentLog(self.total_steps)
         try:

@@ -150,16 +150,20 @@ DAMAGE = {
     "delete": lambda path: path.unlink(),
     "swap": lambda path: path.write_bytes((path.parent.parent / "checkpoint-5" / path.name).read_bytes()),
 }
-FILES = ["adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors", "trainer_state.json", "manifest.json"]
 
 
 def test_damage_is_named_and_skipped(two, capsys):
     newest, older = two / "checkpoint-8", two / "checkpoint-5"
     assert checkpoint.find_resume(two, True) == newest
-    for name in FILES:
+    files = sorted(path.name for path in newest.iterdir())
+    assert {"adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "manifest.json"} < set(files)
+    for name in files:
         good = (newest / name).read_bytes()
         for kind, damage in DAMAGE.items():
             damage(newest / name)
+            if kind == "swap" and (newest / name).read_bytes() == good:
+                assert name in ("adapter_config.json", "README.md"), name  # the same at every step
+                continue
             found = checkpoint.find_damage(newest)
             assert found is not None, (name, kind)
             assert name in found or name == "manifest.json", (name, kind, found)
@@ -222,6 +226,24 @@ def test_limit_keeps_the_newest_and_the_one_just_written(start):
         trainer = start(f"limit{limit}", save_steps=2, save_total_limit=limit)
         trainer.fit()
         assert {p.name for p in trainer.output_dir.glob("checkpoint-*")} == left
+
+
+def test_going_on_from_an_earlier_step_leaves_the_later_branch(start, two, capsys):
+    """`auto` must not end on the branch that was left, were it the newer one; nothing is deleted."""
+    for name, again in (("abandoned-checkpoint-8", 6), ("abandoned-checkpoint-8-2", 7)):
+        later = {path.name: path.read_bytes() for path in (two / "checkpoint-8").iterdir()}
+        resumed = start("out", resume_from_checkpoint=str(two / "checkpoint-5"), stop_after=again)
+        resumed.resume()
+        assert checkpoint.find_resume(two, "auto").name == "checkpoint-8"  # until the run begins
+        with pytest.raises(KeyboardInterrupt):
+            resumed.fit()
+        assert f"a checkpoint of a later step is now {two / name}" in capsys.readouterr().out
+        assert {path.name: path.read_bytes() for path in (two / name).iterdir()} == later
+        assert checkpoint.find_resume(two, "auto").name == "checkpoint-5"
+        on = start("out", resume_from_checkpoint="auto")
+        on.resume()
+        on.fit()
+        assert on.last_checkpoint.name == "checkpoint-8"
 
 
 @pytest.mark.parametrize(

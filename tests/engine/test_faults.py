@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fuselora.engine import checkpoint, loop_faults
+from fuselora.engine import checkpoint, loop_faults, output
 from fuselora.engine.errors import UserError
 from fuselora.engine.fused_adamw import FusedAdamW
 from fuselora.engine.loop_callbacks import Callback
@@ -175,12 +175,23 @@ def test_out_of_memory_goes_on_with_smaller_passes(make_trainer, weights, tmp_pa
     torch.testing.assert_close(weights(short), weights(whole), rtol=1e-3, atol=1e-5)
 
 
+def test_smaller_passes_come_to_an_end(make_trainer, capsys):
+    """4, 2, 1, and then a sentence and the state before."""
+    trainer = make_trainer(max_steps=6, save_strategy="no", auto_find_batch_size=True)
+    NoRoom(trainer, 0, first=3)
+    with pytest.raises(UserError, match=r"memory: .*step 4, got none for 1 x .*checkpoint-3"):
+        trainer.fit()
+    assert capsys.readouterr().out.count("out of memory; going on with") == 2
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert checkpoint.find_damage(trainer.output_dir / "checkpoint-3") is None
+
+
 def test_no_space_by_any_writer(make_trainer, monkeypatch):
     """ENOSPC from each file in turn: an error, the older checkpoint whole, nothing left behind."""
     trainer = make_trainer(max_steps=2, save_steps=2)
     trainer.fit()
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    for name in ("save_weights", "save_file", "write_manifest", "_fsync"):
+    for name in ("save_weights", "save_file", "write_manifest", "fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, name, lambda *a, **k: (_ for _ in ()).throw(full))
             trainer.step, trainer.last_checkpoint = 3, None
@@ -245,6 +256,18 @@ def test_a_folder_without_the_right_to_write_is_refused_at_once(make_config, mon
     with pytest.raises(UserError, match="output_dir: expected the right to write, got none in"):
         check_output_dir(make_config(output_dir=str(tmp_path / "not" / "there")))
     assert asked == [tmp_path]
+
+
+def test_a_result_is_on_the_disk_before_it_replaces_another(make_trainer, monkeypatch):
+    trainer, done = make_trainer(max_steps=1), []
+    sync, replace = output.fsync, Path.replace
+    monkeypatch.setattr(output, "fsync", lambda path: (done.append(("sync", path.name)), sync(path)))
+    monkeypatch.setattr(Path, "replace", lambda path, to: (done.append(("replace", path.name)), replace(path, to))[1])
+    save_result(trainer.model, trainer.output_dir, trainer.config)
+    names = {name for kind, name in done if kind == "replace"}
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= names
+    assert {name for _, name in done[: len(names)]} == names and {kind for kind, _ in done[: len(names)]} == {"sync"}
+    assert done[-1] == ("sync", trainer.output_dir.name)
 
 
 @pytest.mark.parametrize("method", ["write_text", "open", "mkdir"])

@@ -158,6 +158,24 @@ def test_a_monitor_learns_that_a_run_failed(run, recorder, monkeypatch):
     assert recorder.calls[-1] == ("finish", False)
 
 
+def test_a_monitor_that_fails_to_start_or_finish_leaves_no_other_open(run, recorder, monkeypatch):
+    class Broken(Recorder):
+        def __init__(self, method):
+            setattr(self, method, lambda *args: 1 / 0)
+
+        def start(self, *args):
+            pass
+
+        def log(self, *args):
+            pass
+
+    for method in ("start", "finish"):
+        monkeypatch.setitem(MONITORS, "broken", lambda method=method: Broken(method))
+        with pytest.raises(ZeroDivisionError):
+            run(report_to="recorder,broken", overwrite_output_dir=True)
+        assert recorder.calls[-1] == ("finish", method == "finish"), method
+
+
 def test_missing_library_is_said_before_anything_is_loaded(make_config, monkeypatch):
     monkeypatch.setattr(monitors.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="report_to: expected wandb to be installed, got none; run: pip install wandb"):
