@@ -1,8 +1,8 @@
 """Other implementations of our public functions, by name: what a figure of ours stands beside.
 
 ``eager`` is stock PyTorch as transformers and PEFT write it, ``compile`` the same under ``torch.compile`` (inductor),
-``liger`` Liger's kernel and ``bitsandbytes`` its 4-bit product where there is one. A rival that is not installed is
-named with the reason, not left out.
+``liger`` Liger's kernel, ``bitsandbytes`` its 4-bit product, ``flash-attn`` and ``xformers`` their attention. A rival
+that is not installed is named with the reason, not left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from fuselora.kernels.nf4 import Quantized4bit
 from fuselora.kernels.registry import Function
 
-NAMES = ("eager", "compile", "liger", "bitsandbytes")
+NAMES = ("eager", "compile", "liger", "bitsandbytes", "flash-attn", "xformers")
 
 
 class Missing(RuntimeError):
@@ -32,6 +32,8 @@ def rivals(record: Function) -> dict[str, Callable[[], Callable[..., Any]]]:
         found["liger"] = lambda: _liger(record.name)
     if record.name == "linear_4bit":
         found["bitsandbytes"] = _bitsandbytes
+    if record.name == "attention":
+        found |= {"flash-attn": _flash_attn, "xformers": _xformers}
     return found
 
 
@@ -56,6 +58,33 @@ def _bitsandbytes() -> Callable[..., Any]:
         return bnb.matmul_4bit(x, q.data.view(-1, 1).t(), state)
 
     return linear
+
+
+def _flash_attn() -> Callable[..., Any]:
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        raise Missing(f"flash-attn is not installed: {error}") from error
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)
+
+    return attention
+
+
+def _xformers() -> Callable[..., Any]:
+    try:
+        from xformers.ops import LowerTriangularMask, memory_efficient_attention
+    except ImportError as error:
+        raise Missing(f"xformers is not installed: {error}") from error
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        # [B, S, kv heads, group, D]: it shares k and v of a group where they are expanded.
+        queries = q.transpose(1, 2).unflatten(2, (k.shape[1], -1))
+        keys, values = (x.transpose(1, 2).unsqueeze(3).expand_as(queries) for x in (k, v))
+        return memory_efficient_attention(queries, keys, values, attn_bias=LowerTriangularMask()).flatten(2, 3)
+
+    return attention
 
 
 def _liger(name: str) -> Callable[..., Any]:

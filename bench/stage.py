@@ -21,6 +21,8 @@ import report
 import torch
 from machine import Stopwatch, limits
 
+from fuselora.engine.heap import keep_freed_memory
+
 
 class Stage:
     """One stage's options, clock, limits of the machine, and record."""
@@ -36,6 +38,7 @@ class Stage:
         args = parser.parse_args()
         self.end = time.monotonic() + args.budget
         self.device, self.smoke = torch.device(args.device), args.smoke
+        keep_freed_memory(self.device)  # as in training, for rivals too
         self.path: Path = args.out / f"{name}.json"
         self.watch = Stopwatch(self.device)
         self.limits = limits(self.watch, self.smoke)

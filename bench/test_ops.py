@@ -5,10 +5,10 @@
 
 Sizes are those of one layer of the named models. Each public function runs forward and backward once at these sizes,
 and the operator calls it makes are recorded: every op is measured on the arguments it meets in training, once per
-implementation. A function (forward plus backward) stands beside its rivals: eager, torch.compile, Liger, bitsandbytes;
-one that is not installed is skipped with the reason. Caches are overwritten before every call. Bytes and FLOPs come
-from the op's own cost model, copy bandwidth and matmul rate from the same run. The default test run does not collect
-this file.
+implementation. A function (forward plus backward) stands beside its rivals: eager, torch.compile, Liger, bitsandbytes,
+flash-attn, xformers; one that is not installed is skipped with the reason. Caches are overwritten before every call.
+Bytes and FLOPs come from the op's own cost model, copy bandwidth and matmul rate from the same run. The default test
+run does not collect this file.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 import workloads
 
 from fuselora import kernels
+from fuselora.engine.heap import keep_freed_memory
 from fuselora.kernels.registry import DISPATCH_KEY, FUNCTIONS, OPS, Sample
 from fuselora.testing import assert_function_close
 
@@ -34,6 +35,7 @@ for path in Path(kernels.__path__[0]).glob("*.py"):
     importlib.import_module(f"fuselora.kernels.{path.stem}")
 
 DEVICE, DTYPE, ROUNDS = workloads.DEVICE, torch.bfloat16, 15
+keep_freed_memory(DEVICE)  # as in training, for rivals too
 WATCH = machine.Stopwatch(DEVICE)
 SIDES = ("fuselora", *rivals.NAMES)
 IMPLEMENTATIONS = [

@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu_suite
 import op_times
 import pytest
 import report
 import suite_table
+import torch
+import torch.nn.functional as F
 from rivals import Missing, rivals
 from stage import Stage
 
@@ -87,9 +90,40 @@ def test_a_wrong_kernel_gets_no_figure(stage, monkeypatch):
         op_times.measure_op(op, "cpu", case, stage)
 
 
-def test_a_missing_rival_is_named():
-    with pytest.raises(Missing, match="liger-kernel is not installed"):
-        rivals(FUNCTIONS["rms_norm"])["liger"]()
+@pytest.mark.parametrize(
+    ("function", "rival", "module"),
+    [
+        ("rms_norm", "liger", "liger-kernel"),
+        ("attention", "flash-attn", "flash-attn"),
+        ("attention", "xformers", "xformers"),
+    ],
+)
+def test_a_missing_rival_is_named(monkeypatch, function, rival, module):
+    for name in ("liger_kernel.transformers", "flash_attn", "xformers.ops"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(Missing, match=f"{module} is not installed"):
+        rivals(FUNCTIONS[function])[rival]()
+
+
+def test_rivals_of_attention_get_their_own_layouts(monkeypatch):
+    """Stand-ins with the packages' signatures, made of SDPA, must give what eager gives."""
+    q, k, v = (torch.randn(2, heads, 5, 8) for heads in (4, 2, 2))
+    eager = FUNCTIONS["attention"].eager(q, k, v)
+
+    def flash(q, k, v, causal):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
+
+    def efficient(q, k, v, attn_bias):
+        q, k, v = (x.flatten(2, 3).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=attn_bias).transpose(1, 2).unflatten(2, (2, 2))
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash))
+    ops = SimpleNamespace(LowerTriangularMask=lambda: True, memory_efficient_attention=efficient)
+    monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(ops=ops))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    for name in ("flash-attn", "xformers"):
+        torch.testing.assert_close(rivals(FUNCTIONS["attention"])[name]()(q, k, v), eager)
 
 
 def test_a_stage_that_hangs_is_killed_and_said(tmp_path):
