@@ -6,7 +6,8 @@ fuselora estimate [config.yaml] [key=value ...]  memory by part and checkpointin
                                                  longest context within N GB
 fuselora export [config.yaml] [key=value ...]    adapters merged into the base: a model folder, GGUF if asked
 fuselora chat [config.yaml] [key=value ...]      a conversation on the terminal; also from a script on standard input
-fuselora bench [step|ops|gate|report|predict]    bench/, in a clone: a training step by default
+fuselora bench [step|ops|all|methods|gate|report|predict]
+                                                 bench/, in a clone: a training step by default
 fuselora merge model_name_or_path=... adapter_name_or_path=... export_dir=... [requantize=true]
                                                  LoRA into a 4-bit base: a dense model, or 4 bits again, and the drift
 fuselora env                                     environment and capability report
@@ -69,6 +70,7 @@ def _verify(arguments: list[str]) -> int:
 
 
 BENCHES = {"step": "train_step", "ops": "op_times", "gate": "gate", "report": "write_report", "predict": "predict"}
+BENCHES |= {"all": "bench_all", "methods": "methods"}
 
 
 def _export(arguments: list[str]) -> int:
