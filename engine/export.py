@@ -4,7 +4,8 @@
 
 for each adapter of ``adapter_name_or_path`` in turn, on a base of any kind: a dense one, or a 4-bit one (with
 ``quantization_bit: 4``, or quantised on disk), whose dequantised weights are then what the adapter was trained on. The
-folder gets safetensors in shards, configuration, tokenizer and chat template, and a GGUF file if asked.
+folder gets safetensors in shards, configuration, tokenizer and chat template, an Ollama Modelfile, and a GGUF file if
+asked.
 
 What was written is read back and its logits compared with those of base and adapter, both computed in fp32
 (fp32_compute.py). The difference is the rounding of W' to 16 bits; rounding while computing in 16 bits is several times
@@ -28,6 +29,7 @@ from fuselora.engine.config_export import ExportConfig
 from fuselora.engine.errors import UserError, expected, first_line
 from fuselora.engine.export_gguf import FILE as GGUF
 from fuselora.engine.export_gguf import check_gguf, write_gguf
+from fuselora.engine.export_ollama import write_modelfile
 from fuselora.engine.fingerprint import base_fingerprint, chain
 from fuselora.engine.fp32_compute import fp32_logits
 from fuselora.engine.kbit import keep_weights_in_place, linears_4bit
@@ -86,6 +88,7 @@ def export(config: ExportConfig) -> Parity:
     _write(merged, tokenizer, folder, dtype, config)
     if config.export_gguf:
         write_gguf(merged, tokenizer, folder, config.export_gguf)
+    print(write_modelfile(folder, tokenizer, f"./{GGUF}" if config.export_gguf else ".", config.default_system))
     del model, merged
     gc.collect()
     after = fp32_logits(_read_back(folder, device, config.trust_remote_code), ids)

@@ -5,8 +5,7 @@ rotates the halves of a head against each other, (i, i + d/2); llama.cpp's Llama
 row j + h d/2 of every head (h = 0, 1 its half, j = 0 .. d/2 - 1) moves to row 2 j + h. Qwen keeps the halves.
 
 Matrices are stored in the type asked for, vectors (norms, biases) in fp32. A scaled rotary table is written as
-llama.cpp defines it, or refused. The tokenizer is byte-level BPE: its tokens, merges, types and the name of its
-splitting rule, which must be one that llama.cpp has.
+llama.cpp defines it, or refused. Tokenizers are in export_gguf_tokens.py.
 
 Source: the GGUF specification; llama.cpp's convention for Q and K as its converter documents it.
 """
@@ -14,7 +13,6 @@ Source: the GGUF specification; llama.cpp's convention for Q and K as its conver
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fuselora.engine.errors import expected
+from fuselora.engine.export_gguf_tokens import add_tokenizer, check_tokenizer
 
 FILE = "model.gguf"
 # model_type -> (llama.cpp's architecture, whether Q and K are permuted)
@@ -30,14 +29,6 @@ ARCHITECTURES = {
     "mistral": ("llama", True),
     "qwen2": ("qwen2", False),
     "qwen3": ("qwen3", False),
-}
-# What a byte-level tokenizer splits at (digits in threes, or one by one) -> llama.cpp's name of the rule.
-_BEFORE_DIGITS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_AFTER_DIGITS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITTERS = {
-    _BEFORE_DIGITS + r"\p{N}{1,3}" + _AFTER_DIGITS: "llama-bpe",
-    _BEFORE_DIGITS + r"\p{N}" + _AFTER_DIGITS: "qwen2",
-    "ByteLevel": "gpt-2",
 }
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
@@ -56,7 +47,7 @@ def check_gguf(config: Any, tokenizer: Any) -> None:
     window = getattr(config, "sliding_window", None)
     if config.model_type == "mistral" and window is not None and window < config.max_position_embeddings:
         raise expected("export_gguf", "attention over the whole context", f"sliding_window {window}", "drop the key")
-    splitter(tokenizer)
+    check_tokenizer(tokenizer)
 
 
 def write_gguf(model: Any, tokenizer: Any, folder: Path, kind: str) -> Path:
@@ -68,7 +59,7 @@ def write_gguf(model: Any, tokenizer: Any, folder: Path, kind: str) -> Path:
     path, staging = folder / FILE, folder / f".{FILE}.tmp"
     writer = GGUFWriter(staging, name)
     _add_model(writer, config, kind)
-    _add_tokenizer(writer, tokenizer, config.vocab_size)
+    add_tokenizer(writer, tokenizer, config.vocab_size)
     arch = next(arch for arch, text in MODEL_ARCH_NAMES.items() if text == name)
     names = get_tensor_name_map(arch, config.num_hidden_layers)
     matrices = GGMLQuantizationType[kind.upper()]
@@ -149,54 +140,3 @@ def _add_model(writer: Any, config: Any, kind: str) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
         if "original_max_position_embeddings" in rope:
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-
-
-def splitter(tokenizer: Any) -> str:
-    """llama.cpp's name of the rule by which a byte-level tokenizer splits text before BPE."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
-    rule = state.get("pre_tokenizer") or {}
-    steps = rule.get("pretokenizers", [rule])
-    pattern = next((s["pattern"].get("Regex") for s in steps if s.get("type") == "Split"), None)
-    last = steps[-1]
-    plain = last.get("type") == "ByteLevel" and last.get("use_regex", True) and not last.get("add_prefix_space", False)
-    key = pattern if pattern is not None else "ByteLevel" if plain else None
-    if state.get("model", {}).get("type") != "BPE" or last.get("type") != "ByteLevel" or key not in SPLITTERS:
-        raise expected(
-            "export_gguf",
-            "a byte-level BPE tokenizer with the splitting rule of Llama 3, Qwen2 or GPT-2",
-            "another",
-            "convert the exported folder with llama.cpp's script",
-        )
-    return SPLITTERS[key]
-
-
-def _add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
-    from gguf import TokenType
-
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    added = {entry["id"]: entry for entry in state["added_tokens"]}
-    words = {index: word for word, index in tokenizer.get_vocab().items()}
-    tokens, types = [], []
-    for index in range(rows):  # embeddings may have more rows than the tokenizer has tokens
-        tokens.append(words.get(index, f"[PAD{index}]"))
-        if index not in words:
-            types.append(TokenType.UNUSED)
-        elif index in added:
-            types.append(TokenType.CONTROL if added[index]["special"] else TokenType.USER_DEFINED)
-        else:
-            types.append(TokenType.NORMAL)
-    merges = state["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splitter(tokenizer))
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    for name in ("bos", "eos", "pad", "unk"):
-        index = getattr(tokenizer, f"{name}_token_id")
-        if index is not None and index < rows:  # AutoTokenizer adds names that a model may have no row for
-            getattr(writer, f"add_{name}_token_id")(index)
-    writer.add_add_bos_token(
-        tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    )
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)

@@ -14,7 +14,8 @@ from fuselora import cli
 from fuselora.engine.config_export import ExportConfig
 from fuselora.engine.errors import UserError
 from fuselora.engine.export import export
-from fuselora.engine.export_gguf import interleave_halves, rope_factors, splitter
+from fuselora.engine.export_gguf import interleave_halves, rope_factors
+from fuselora.engine.export_gguf_tokens import splitter
 from fuselora.engine.fp32_compute import fp32_logits
 
 IDS = torch.arange(3, 40)[None]
@@ -55,7 +56,8 @@ def test_command_writes_a_folder_that_is_base_and_adapter(keys, adapted, capsys,
     (tmp_path / "merge.yaml").write_text("\n".join([*lines, "export_legacy_format: false", "trust_remote_code: true"]))
     assert cli.main(["export", str(tmp_path / "merge.yaml")]) == 0
     text = capsys.readouterr().out
-    assert "wrote chat_template.jinja, config.json," in text and text.splitlines()[-1].startswith("parity: ok: ")
+    assert "wrote Modelfile, chat_template.jinja, config.json," in text
+    assert text.splitlines()[-1].startswith("parity: ok: ")
     merged = AutoModelForCausalLM.from_pretrained(keys["export_dir"])
     torch.testing.assert_close(fp32_logits(merged, IDS), adapted[1], rtol=1e-4, atol=1e-5)
     base = AutoModelForCausalLM.from_pretrained(tiny_base)
