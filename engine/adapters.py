@@ -102,6 +102,9 @@ def load_adapter(model: Any, path: str, *, trainable: bool = False, autocast: bo
     from peft import PeftModel
 
     check_name("adapter_name_or_path", path, ADAPTER_FILE)
+    if _only_pickled(Path(path).expanduser()):
+        want, remedy = f"{WEIGHTS} in {path!r}", "load it where you trust it and save it with safe_serialization=True"
+        raise expected("adapter_name_or_path", want, "a pickle alone, which may run code", remedy)
     try:
         return PeftModel.from_pretrained(model, path, is_trainable=trainable, autocast_adapter_dtype=autocast)
     except (OSError, ValueError, RuntimeError) as error:
@@ -109,6 +112,10 @@ def load_adapter(model: Any, path: str, *, trainable: bool = False, autocast: bo
             f"adapter_name_or_path: expected an adapter of {model.name_or_path}, got {path!r} ({first_line(error)}); "
             "check the path and the base"
         ) from error
+
+
+def _only_pickled(folder: Path) -> bool:
+    return (folder / "adapter_model.bin").exists() and not (folder / WEIGHTS).exists()
 
 
 def _fresh(model: Any, base: str, config: Config) -> PeftModel:

@@ -1,6 +1,8 @@
 """What each method trains, that fused training computes the same, and that its result loads in stock libraries."""
 
 import json
+import pickle
+import shutil
 
 import pytest
 import torch
@@ -260,6 +262,22 @@ def test_adapter_of_another_base_is_refused(build, adapters, tiny_base, tmp_path
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="name the base it was trained on"):
         build(base=tmp_path / "other", adapter_name_or_path=folders[0])
+
+
+def test_an_adapter_that_is_a_pickle_is_not_opened(build, adapters, tmp_path):
+    """Its code would leave a file behind."""
+
+    class Canary:
+        def __reduce__(self):
+            return open, (str(tmp_path / "canary"), "w")
+
+    folder = tmp_path / "pickled"
+    shutil.copytree(adapters[0][0], folder)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"weight": Canary()}))
+    with pytest.raises(UserError, match="adapter_name_or_path: expected adapter_model.safetensors .* got a pickle"):
+        build(adapter_name_or_path=str(folder))
+    assert not (tmp_path / "canary").exists()
 
 
 def test_fingerprint_is_that_of_the_weights_not_of_the_files(tiny_base, tmp_path):
