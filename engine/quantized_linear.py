@@ -133,13 +133,13 @@ def state_parts(q: Quantized4bit, quant_type: str, stored_dtype: torch.dtype) ->
 
 def _about(text: Tensor) -> dict[str, Any]:
     """The JSON of a quantisation state, with the entries that are needed and of their kinds."""
+    damaged = f"quant_state: expected JSON as bytes, got {text.numel()} values of {text.dtype} that are none"
     try:
         about = json.loads(bytes(text.flatten().tolist()))
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"quant_state: expected JSON as bytes, got {text.numel()} values of {text.dtype} that are none; "
-            "the file is damaged"
-        ) from error
+        raise ValueError(f"{damaged}; the file is damaged") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{damaged} of a state but of {type(about).__name__}; the file is damaged")
     kinds: dict[str, Any] = {"shape": list, "blocksize": int, "dtype": str}
     if "nested_blocksize" in about:
         kinds |= {"nested_blocksize": int, "nested_offset": (int, float)}
@@ -149,8 +149,12 @@ def _about(text: Tensor) -> dict[str, Any]:
             raise ValueError(
                 f"quant_state: {key}: expected a value of type {want}, got {about.get(key)!r}; the file is damaged"
             )
-    if not isinstance(getattr(torch, about["dtype"], None), torch.dtype):
-        raise ValueError(f"quant_state: dtype: expected one of torch, got {about['dtype']!r}; the file is damaged")
+    stored = getattr(torch, about["dtype"], None)
+    if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
+        raise ValueError(f"quant_state: dtype: expected a float of torch, got {about['dtype']!r}; the file is damaged")
+    if not abs(about.get("nested_offset", 0.0)) <= torch.finfo(torch.float32).max:
+        got = about["nested_offset"]
+        raise ValueError(f"quant_state: nested_offset: expected a finite fp32, got {got}; the file is damaged")
     return about
 
 
@@ -168,7 +172,14 @@ def from_parts(
             f"quant_state: expected one of {', '.join(STATE + kind for kind in QUANT_TYPES)}, got {sorted(parts)}; "
             "the file holds no 4-bit weight of bitsandbytes"
         )
+    for name, part in (("weight", weight), *parts.items()):
+        if part.is_meta and device.type != "meta":
+            raise ValueError(f"{name}: expected data, got a tensor on the meta device; read the file first")
+    if weight.dtype == torch.bool:
+        raise ValueError(f"weight: expected bytes or a float quant_storage, got {weight.dtype}; the file is damaged")
     about = _about(parts[STATE + kinds[0]])
+    if (kind := about.get("quant_type", kinds[0])) != kinds[0]:
+        raise ValueError(f"quant_state: quant_type: expected {kinds[0]}, as its key, got {kind!r}; the file is damaged")
     nested = "nested_blocksize" in about
     needed = TABLES if nested else TABLES[:2]
     if missing := [name for name in needed if name not in parts]:

@@ -60,7 +60,7 @@ def read_4bit(module: Any) -> Projection | str:
             weight.data.reshape(-1).view(torch.uint8),
             state.absmax,
             state.code,
-            (state.shape[0], state.shape[1]),
+            tuple(state.shape or ()),  # type: ignore[arg-type]  # what is no pair is refused with the other parts
             state.blocksize,
             *((nested.absmax, nested.code, state.offset, nested.blocksize) if nested is not None else ()),
         ),
