@@ -83,9 +83,10 @@ def test_first_layers_that_fit_are_chosen_and_the_report_says_so():
     assert all("does not fit dequant_cache_gb" in after[name] for name in after if name not in kept)
 
 
-def test_models_that_peft_prepared_and_linears_of_ours(tmp_path):
+def test_models_that_peft_prepared_and_linears_of_ours(tmp_path, monkeypatch):
     import peft
 
+    monkeypatch.setattr(lora, "as_it_is", lambda *args: False)  # the products of dense copies, for their bits
     base_model("llama", torch.bfloat16, **SIZES).save_pretrained(tmp_path)
     base = fuselora.load_4bit(str(tmp_path), progress=False)
     prepared = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
