@@ -120,7 +120,7 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to the end or to a signal. Returns 0, or the number of the signal that stopped the run."""
-        keep_freed_memory(self.device)
+        keep_freed_memory(self.device, budgeted=self.config.memory_budget_gb is not None)
         resume_step = self.step if self.resumed else None
         if self.world.main:
             self.log = metrics.RunLog(self.output_dir, total_steps=self.total_steps, resume_step=resume_step)

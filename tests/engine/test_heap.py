@@ -37,6 +37,13 @@ def test_a_step_faults_no_page_in_again():
         pytest.skip("this allocator keeps freed memory by itself")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_a_run_with_a_budget_gives_freed_memory_back():
+    """Its step faults in all 40,000 pages of its blocks again, as none was kept."""
+    kept, faults = run("keep_freed_memory(torch.device('cpu'), budgeted=True)")
+    assert kept == "False" and int(faults) > 35_000
+
+
 def test_the_environment_s_own_settings_win():
     assert run("keep_freed_memory(torch.device('cpu'))", MALLOC_TRIM_THRESHOLD_="1000")[0] == "False"
     assert run("keep_freed_memory(torch.device('cuda'))")[0] == "False"
