@@ -6,7 +6,7 @@ takes a page fault for every 4 kB of it again. ``make bench``'s model: 22,500 fa
 The price is memory. What glibc splits off beside an aligned block is soon in use, so a block of the same size no longer
 fits where one was freed, and the heap grows: peaks above the model were 1.4 to 1.7 times those of live tensors. A run
 with a memory budget gets the other end of the trade instead: every block is mapped on its own and given back when it is
-freed, which made steps of a small model 1.4 times as long.
+freed, which made steps of small models take 1.3 to 2.1 times the processor time.
 Source: mallopt(3).
 """
 
