@@ -59,33 +59,21 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _pack(terms: Sequence[Term]) -> tuple[ctypes.Array, ctypes.Array]:
+def _pack(terms: Sequence[Term]) -> tuple[bytes, list[ctypes.Array]]:
     """The terms as the library reads them, and the 4-bit weights that they point to."""
-    weights = ctypes.create_string_buffer(WEIGHT_4BIT.size * len(terms))
-    packed = ctypes.create_string_buffer(TERM.size * len(terms))
-    for i, t in enumerate(terms):
+    packed, weights = [], []
+    for t in terms:
         if t.quantized is None:
             assert t.data is not None
             data, place, stride, dtype = t.data.data_ptr(), 0, t.data.stride(0), native.DTYPE[t.data.dtype]
         else:
             *tensors, blocksize, blocksize2, _, stride = t.quantized
-            WEIGHT_4BIT.pack_into(weights, i * WEIGHT_4BIT.size, *map(_address, tensors), blocksize, blocksize2)
-            data, place, dtype = 0, ctypes.addressof(weights) + i * WEIGHT_4BIT.size, 0
-        fields = (
-            t.a.data_ptr(),
-            t.a.stride(0),
-            t.a.shape[1],
-            data,
-            place,
-            stride,
-            t.scale,
-            dtype,
-            t.by_rows,
-            t.rest,
-            0,
-        )
-        TERM.pack_into(packed, i * TERM.size, *fields)
-    return packed, weights
+            weights.append(ctypes.create_string_buffer(WEIGHT_4BIT.size))
+            WEIGHT_4BIT.pack_into(weights[-1], 0, *map(_address, tensors), blocksize, blocksize2)
+            data, place, dtype = 0, ctypes.addressof(weights[-1]), 0
+        left = t.a.data_ptr(), t.a.stride(0), t.a.shape[1]
+        packed.append(TERM.pack(*left, data, place, stride, t.scale, dtype, t.by_rows, t.rest, 0))
+    return b"".join(packed), weights
 
 
 def gemm(

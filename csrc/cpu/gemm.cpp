@@ -60,7 +60,7 @@ void with_source(const GemmTerm& term, Use use) {
 
 // How the work is divided.
 struct Plan {
-  int64_t panels, group, blocks, block_rows, segment;
+  int64_t panels, group, groups, blocks, block_rows, segment;
   bool rests;  // whether sums rest in memory between segments or before they are written
   int threads;
 };
@@ -77,8 +77,9 @@ Plan plan(const Gemm& g) {
   p.group = depth < kDeep ? 1 : (p.panels - 1) / (2 * p.threads) + 1;
   if (p.group > kGemmGroup) p.group = kGemmGroup;
   p.rests = segments > 1 || g.count > kStretches || g.out_col != 1;
-  const int64_t groups = (p.panels - 1) / p.group + 1, wanted = (2 * p.threads - 1) / groups + 1;
-  const int64_t least = p.rests ? (g.m + kGemmRows - 1) / kGemmRows : 1;
+  p.groups = (p.panels - 1) / p.group + 1;
+  const int64_t wanted = (2 * p.threads - 1) / p.groups + 1;
+  const int64_t least = (g.m + kGemmRows - 1) / kGemmRows;
   p.block_rows = round_up((g.m - 1) / (least > wanted || p.threads == 1 ? least : wanted) + 1, kSums);
   p.blocks = (g.m - 1) / p.block_rows + 1;
   return p;
@@ -183,8 +184,8 @@ struct Place {
 // One block of rows times a group of panels of columns. memory: [kGemmWorkspace] bytes.
 template <class T, class Dot>
 void block(const Gemm& g, const Plan& p, int64_t task, char* memory) {
-  const int64_t begin = task / p.blocks * p.group, end = begin + p.group < p.panels ? begin + p.group : p.panels;
-  const int64_t row = task % p.blocks * p.block_rows;
+  const int64_t begin = task % p.groups * p.group, end = begin + p.group < p.panels ? begin + p.group : p.panels;
+  const int64_t row = task / p.groups * p.block_rows;
   const int64_t rows = g.m - row < p.block_rows ? g.m - row : p.block_rows;
   Stretch<T> stretches[kStretches];
   for (Cursor at, next; at.term < g.count; at = next)
@@ -200,7 +201,7 @@ void block(const Gemm& g, const Plan& p, int64_t task, char* memory) {
       tile.last = next.term == g.count;
       // Behind the group's last panel its first one follows; behind a task most likely the one `threads` further on.
       Ahead ahead = index + 1 < end ? ahead_of(g, p, at, index + 1, rows)
-                    : tile.last     ? ahead_of(g, p, Cursor(), (task + p.threads) / p.blocks * p.group, rows)
+                    : tile.last     ? ahead_of(g, p, Cursor(), (task + p.threads) % p.groups * p.group, rows)
                                     : ahead_of(g, p, next, begin, rows);
       tile.ahead = &ahead;
       tiles_of_width(tile, part.width, rows);
@@ -236,8 +237,7 @@ template <class T, class Dot, class Along>
 void product(const Gemm& g) {
   Plan p = plan<Dot>(g);
   const bool few = along_depth(g);
-  if (few) p.blocks = p.group = 1;
-  const int64_t tasks = ((p.panels - 1) / p.group + 1) * p.blocks;
+  const int64_t tasks = few ? p.panels : p.groups * p.blocks;
 #pragma omp parallel for num_threads(p.threads) if (p.threads > 1) schedule(dynamic)
   for (int64_t index = 0; index < tasks; ++index) {
 #if defined(_OPENMP)
