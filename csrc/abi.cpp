@@ -96,7 +96,7 @@ Scratch scratch(int64_t count) { return Scratch(static_cast<float*>(std::malloc(
 
 // Memory that a thread keeps for its next calls, as steps repeat: fresh pages cost a fault each. What is larger than kKept
 // is given back after the call.
-constexpr size_t kKept = size_t(32) << 20;
+constexpr size_t kKept = size_t(64) << 20;
 
 class Workspace {
  public:

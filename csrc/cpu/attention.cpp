@@ -66,7 +66,8 @@ void weigh(const Attention& a, Work& w, int64_t count, int64_t lane) {
     even = even + p;
     store_rows<E>(w.weights, row, lane, p, splat(0.f));
   }
-  const Vec fade = power<E>((before - top) * unit);
+  // From the rounded products that the weights' exponents hold: the sum stays relative to the latest of them.
+  const Vec fade = power<E>(before * unit + offset);
   store(w.fade + lane, fade, Full{});
   store(w.top + lane, top, Full{});
   store(w.total + lane, fma(load(w.total + lane, Full{}), fade, even + odd), Full{});
@@ -75,9 +76,12 @@ void weigh(const Attention& a, Work& w, int64_t count, int64_t lane) {
 template <class T>
 void finish(const AttentionFwd& f, Work& w, int64_t b, int64_t head, int64_t q0, int64_t count) {
   const Attention& a = f.in;
-  const float unit = a.softcap > 0 ? 1.f : a.scale;
+  const float unit = (a.softcap > 0 ? 1.f : a.scale) * kLog<Operand<T>>;
   float* lse = f.lse + (b * a.heads + head) * a.length + q0;
-  for (int64_t i = 0; i < count; ++i) lse[i] = w.total[i] == 0 ? -INFINITY : w.top[i] * unit + logf(w.total[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    const float shift = w.top[i] * unit;  // rounded, as the weights' exponents hold it
+    lse[i] = w.total[i] == 0 ? -INFINITY : float(shift / kLogExact<Operand<T>> + log(double(w.total[i])));
+  }
   for (int64_t i = 0; i < kQueries; ++i) w.total[i] = w.total[i] == 0 ? 1 : w.total[i];
   for (int64_t i = 0; i < kQueries; i += kLanes) {
     const Vec total = load(w.total + i, Full{}), part = splat(1.f) / total;

@@ -214,8 +214,12 @@ static inline void row_words(const T* p, int64_t n, float* to) {
   if constexpr (kPack<E> == 1) {
     store(to, load_some(p, n), Full{});
   } else {
-    std::memset(to, 0, kLanes * sizeof(float));
-    if (n > 0) std::memcpy(to, p, size_t(smaller(n, 2 * kLanes)) * sizeof(T));
+    if (n >= 2 * kLanes) {
+      std::memcpy(to, p, 2 * kLanes * sizeof(T));
+    } else {
+      std::memset(to, 0, kLanes * sizeof(float));
+      if (n > 0) std::memcpy(to, p, size_t(n) * sizeof(T));
+    }
   }
 }
 
@@ -301,28 +305,33 @@ static inline void store_rows(float* to, int64_t row, int64_t column, Vec first,
   }
 }
 
-// Sixteen elements of a left operand's row.
+// Two rows of a left operand, `stride` elements apart, at one vector of columns.
 template <class E>
-static inline void store_elements(E* to, Vec x) {
+static inline void store_pair(E* to, int64_t stride, Vec first, Vec second) {
 #if defined(__AVX512BF16__)
   if constexpr (kPack<E> == 2) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x.v));
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(both));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + stride), _mm512_extracti64x4_epi64(both, 1));
     return;
   }
 #endif
-  store(to, x, Full{});
+  store(to, first, Full{});
+  store(to + stride, second, Full{});
 }
 
 // base^x: base 2 where results are rounded to bf16, else e. kLog is the logarithm of e to that base.
 template <class E>
-constexpr float kLog = sizeof(E) == 2 ? 1.44269504f : 1.f;
+constexpr double kLogExact = sizeof(E) == 2 ? 1.4426950408889634 : 1.0;
+template <class E>
+constexpr float kLog = float(kLogExact<E>);
 
-// 2^x = 2^floor(x) 2^r with a minimax polynomial on [0, 1), 2.6e-6 off, which a rounding to bf16 (4e-3) hides.
+// 2^x = 2^floor(x) 2^r with a minimax polynomial on [0, 1), 9e-8 off: weights are rounded to bf16, but their sum is not.
 template <class E>
 static inline Vec power(Vec x) {
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(E) == 2) {
-    constexpr float p[] = {1.00000262f, 0.693003833f, 0.241442755f, 0.0520114601f, 0.0135341669f};
+    constexpr float p[] = {0.99999994f, 0.693153083f, 0.240153611f, 0.0558263175f, 0.00898934063f, 0.00187757669f};
     const Vec r = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
     return {_mm512_scalef_ps(polynomial(p, r).v, x.v)};
   }

@@ -172,15 +172,25 @@ static inline int64_t key_chunks(const Attention& a) {
   const int64_t wanted = (32 + a.batch * a.kv_heads - 1) / larger_of(a.batch * a.kv_heads, 1);
   return larger_of(1, wanted < key_tiles(a) / 3 ? wanted : key_tiles(a) / 3);
 }
+// Shares are summed after every so many query tiles, so that they stay in a cache however long a row is.
+constexpr int64_t kShareFloats = int64_t(1) << 21;
+static inline int64_t share_tiles(const Attention& a) {
+  const int64_t tile = a.batch * a.kv_heads * key_chunks(a) * kQueries * padded_width(a);
+  const int64_t some = larger_of(4, kShareFloats / larger_of(tile, 1));
+  return key_chunks(a) == 1 || query_tiles(a) < some ? query_tiles(a) : some;
+}
 static inline int64_t dq_shares(const Attention& a) {
   const int64_t chunks = key_chunks(a);
-  return chunks == 1 ? 0 : a.batch * a.kv_heads * chunks * query_tiles(a) * kQueries * padded_width(a);
+  return chunks == 1 ? 0 : a.batch * a.kv_heads * chunks * share_tiles(a) * kQueries * padded_width(a);
 }
+// What a query tile is packed to: q and dout twice each, lse and delta.
+static inline int64_t packed_queries(const Attention& a) { return 4 * padded_width(a) * kQueries + 2 * kQueries; }
 static inline int64_t attention_bwd_shared(const Attention& a) {
-  return 5 * a.batch * a.kv_heads * kv_panel(a) + dq_shares(a);
+  const int64_t packs = key_chunks(a) == 1 ? 0 : a.batch * a.kv_heads * share_tiles(a) * packed_queries(a);
+  return 5 * a.batch * a.kv_heads * kv_panel(a) + dq_shares(a) + packs;
 }
 static inline int64_t attention_bwd_each(const Attention& a) {
-  return 5 * padded_width(a) * kQueries + 5 * kKeys * kQueries + 8 * kQueries;
+  return packed_queries(a) + padded_width(a) * kQueries + 5 * kKeys * kQueries;
 }
 static inline int64_t attention_bwd_scratch(const Attention& a) {
   return attention_bwd_shared(a) + larger_of(a.threads, 1) * attention_bwd_each(a);

@@ -46,6 +46,12 @@ def test_native_one_head_and_many_tasks():
     assert_function_close(FUNCTIONS["attention"], Sample("one-head", args, {}))
 
 
+def test_native_more_query_tiles_than_have_shares_at_once():
+    """Sixteen key heads of 512 channels leave room for the shares of four tiles."""
+    torch.manual_seed(6)
+    assert_function_close(FUNCTIONS["attention"], Sample("blocks", heads(8, 260, 576, 512, count=2, kv=2), {}))
+
+
 @pytest.mark.parametrize("shape", [(2, 150, 150, 32), (1, 70, 650, 16)], ids=str)
 def test_native_bits_do_not_depend_on_threads(shape):
     torch.manual_seed(5)
