@@ -75,12 +75,9 @@ def load_4bit(
     saved = getattr(config, "quantization_config", None)
     options = Load4bitConfig(quant_type=quant_type, double=double, blocksize=blocksize)
     if saved is not None:
-        if not saved.get("load_in_4bit"):
-            method = saved.get("quant_method")
-            raise ValueError(f"load_4bit: {path_or_id}: expected dense or 4-bit files of bitsandbytes, got {method}")
-        skipped = saved.get("llm_int8_skip_modules")
+        _check_saved(path_or_id, saved)
         quant_type, double = saved["bnb_4bit_quant_type"], saved["bnb_4bit_use_double_quant"]
-        config.quantization_config = {"quant_method": METHOD, "skip_modules": skipped}
+        config.quantization_config = {"quant_method": METHOD, "skip_modules": saved.get("llm_int8_skip_modules")}
     place = {} if device is None else {"device_map": {"": torch.device(device)}}
     arguments = place | from_pretrained | ({} if saved is not None else {"quantization_config": options})
     _DAMAGED.clear()
@@ -93,6 +90,12 @@ def load_4bit(
     model.hf_quantizer.remove_quantization_config(model)
     model.config.quantization_config = _as_bitsandbytes(quant_type, double, dtype)
     return model
+
+
+def _check_saved(path_or_id: str, saved: dict[str, Any]) -> None:
+    if not saved.get("load_in_4bit"):
+        method = saved.get("quant_method")
+        raise ValueError(f"load_4bit: {path_or_id}: expected dense or 4-bit files of bitsandbytes, got {method}")
 
 
 def _as_bitsandbytes(quant_type: str, double: bool, dtype: torch.dtype) -> dict[str, Any]:
