@@ -145,18 +145,18 @@ def _quantize_piece(
     # The bits of magnitudes ascend with them, and those of NaN are above all: tl.max would pass it over.
     absmax = tl.max(tl.abs(w).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
     least = tl.full((ROWS,), 1e-38, tl.float32)  # subnormal: a bare literal would be fp64
-    above = tl.maximum(absmax, least)
+    above = tl.where(absmax < least, least, absmax)  # NaN stays
     scaled = w * tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), above)[:, None]
     if not WHOLE:
         full = (rows + 1) * BLOCKSIZE <= n - first
         scaled = tl.where(full[:, None], scaled, tl.div_rn(w, tl.broadcast_to(above[:, None], (ROWS, BLOCKSIZE))))
         absmax = tl.where(full, absmax, above)
-    values = tl.reshape(tl.minimum(tl.maximum(scaled, -1.0), 1.0), (SIZE,))
+    values = tl.reshape(scaled, (SIZE,))
     sixteen = tl.arange(0, 16)
     bounds = tl.load(bounds_ptr + sixteen, mask=sixteen < 15, other=float("inf"))
-    index = tl.where(values > tl.load(bounds_ptr + 7), 8, 0)
+    index = tl.where(values <= tl.load(bounds_ptr + 7), 0, 8)  # NaN is above all
     for i in tl.static_range(3):
-        index += tl.where(values > tl.gather(bounds, index + (3 >> i), 0), 4 >> i, 0)
+        index += tl.where(values <= tl.gather(bounds, index + (3 >> i), 0), 0, 4 >> i)
     nibbles = tl.gather(tl.load(order_ptr + sixteen).to(tl.int32), index, 0)
     high, low = tl.split(tl.reshape(nibbles, (SIZE // 2, 2)))
     pairs = (high * 16 + low).to(tl.uint8)
