@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "peft", "triton", "numpy")
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware, versions, threads, commit and command line."""
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]).replace(f"{ROOT}/", ""),  # as from the repository's root
         "date": datetime.date.today().isoformat(),
         "git": git_state(),
         "machine": machine(device),

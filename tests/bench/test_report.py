@@ -6,7 +6,9 @@ import json
 
 import plots
 import pytest
+import report
 import tables
+import torch
 import write_report
 from matplotlib import image
 
@@ -99,3 +101,8 @@ def test_a_changed_figure_in_a_document_is_found(monkeypatch, tmp_path):
     assert tables.MARKED.search(text), "no marked table in docs/benchmarks.md"
     wrong = tables.MARKED.sub(lambda m: f"{m[1]}| 9.99x |\n{m[4]}", text)
     assert tables.filled(wrong, tables.ROOT / "docs" / "benchmarks.md") == text != wrong
+
+
+def test_a_record_s_command_names_no_machine_path(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench/x.py", "--json", str(report.ROOT / "build/bench/x.json")])
+    assert report.environment(torch.device("cpu"))["command"] == "python bench/x.py --json build/bench/x.json"
