@@ -61,15 +61,16 @@ CPU_MORE = {
         *("--baseline", "peft"),
         seconds=270,
     ),
+    "cpu-short": _cpu("--batch", "2", "--seq", "128", "--rounds", "6", "--baseline", "peft", seconds=60),
     "cpu-fp32": _cpu("--dtype", "fp32", "--rounds", "3", "--warmup", "1", "--baseline", "peft", seconds=90),
     "cpu-families": _cpu(
         "--families", "qwen2", "gemma2", "--rounds", "4", "--warmup", "2", "--baseline", "peft", seconds=160
     ),
     "cpu-int8": _cpu("--quantize", "int8", "--rounds", "4", "--baseline", "peft", seconds=100),
     "cpu-checkpointing-long": _cpu(
-        *("--checkpointing", "--batch", "1", "--seq", "4096", "--rounds", "2", "--warmup", "1"),
+        *("--checkpointing", "--batch", "1", "--seq", "8192", "--rounds", "2", "--warmup", "1"),
         *("--memory-steps", "2", "--baseline", "peft"),
-        seconds=150,
+        seconds=330,
     ),
 }  # fmt: skip
 
