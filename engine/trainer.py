@@ -60,6 +60,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.model, self.train, self.held_out, self.config, self.world = model, train, held_out, config, world
+        model.train()  # transformers loads a base in evaluation mode, and PEFT's wrapper around it says it trains
         self.device = next(model.parameters()).device
         self.output_dir = Path(config.output_dir)
         self.callbacks = list(callbacks)

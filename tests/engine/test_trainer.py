@@ -182,6 +182,18 @@ def test_checkpointing_gives_the_same_weights(make_trainer, weights, reentrant):
     torch.testing.assert_close(weights(saving), weights(plain), rtol=0, atol=0)
 
 
+def test_every_module_trains_from_the_first_step(make_trainer):
+    """transformers loads a base in evaluation mode, where its layers neither checkpoint nor draw dropout or noise."""
+    trainer = make_trainer(max_steps=1, disable_gradient_checkpointing=False)
+    calls = []
+    layer = trainer.model.base_model.model.model.layers[0]
+    saving = layer._gradient_checkpointing_func
+    layer._gradient_checkpointing_func = lambda *args, **kwargs: calls.append(1) or saving(*args, **kwargs)
+    trainer.training_step()
+    assert [name for name, module in trainer.model.named_modules() if not module.training] == []
+    assert calls == [1]
+
+
 def grad_norm(trainer):
     return torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]).norm().item()
 
