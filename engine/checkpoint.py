@@ -194,17 +194,25 @@ def find_resume(output_dir: Path, wish: bool | str | None, *, overwrite: bool = 
         place = output_dir / old.name[1:].removesuffix(".old")
         if not place.exists():
             old.rename(place)
-    for folder in _by_step(output_dir):
-        damage = find_damage(folder)
-        if damage is None:
-            return folder
-        print(f"skipping {folder}: {damage}", flush=True)
+    newest = newest_complete(output_dir)
+    if newest is not None:
+        return newest
     if wish == "auto":
         print(f"resume_from_checkpoint: auto found no complete checkpoint in {output_dir}: from the start", flush=True)
         return None
     raise expected(
         "resume_from_checkpoint", f"a complete checkpoint in {output_dir}", "none", "set it to false or auto"
     )
+
+
+def newest_complete(output_dir: Path) -> Path | None:
+    """The checkpoint of the latest step with every byte as written; what is wrong with later ones is said."""
+    for folder in _by_step(output_dir):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        print(f"skipping {folder}: {damage}", flush=True)
+    return None
 
 
 def set_aside(output_dir: Path, step: int) -> list[Path]:

@@ -297,8 +297,9 @@ class TrainKeys:
     on_nonfinite: str = _key(
         "train",
         "stop",
-        "A loss or gradient that is not finite: stop with a checkpoint of the state before, or skip the step.",
-        ("stop", "skip"),
+        "A loss or gradient that is not finite: stop with a checkpoint of the state before, skip the step, or go back "
+        "to the newest checkpoint and leave out the batches since.",
+        ("stop", "skip", "rollback"),
     )
     seed: int = _key("train", 42, "Seed of adapter weights and dropout.")
     data_seed: int | None = _key("train", None, "Seed of the data order; unset: seed.")

@@ -2,8 +2,8 @@
 
 A loss or gradient that is not finite never reaches a weight: the update is withheld on the device (optim.py). The flag
 that says so is read by the host when it is there: on a CPU at once, on a GPU one step later, while the next step is
-queued, so the device never waits. With ``on_nonfinite: stop`` that next step is withheld too, and the state is still
-the one before the bad step.
+queued, so the device never waits. Unless ``on_nonfinite: skip`` that next step is withheld too, and the state is still
+the one before the bad step. What follows is in loop_recovery.py.
 
 Exit codes: 0 done; 2 an error, in one sentence on standard error; 130 (SIGINT), 143 (SIGTERM) stopped by a signal
 after the checkpoint of the finished step. A second signal acts at once.
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 GRACE = 20.0  # seconds from SIGTERM to the end of a process that waits for a peer; launchers kill after 30
 MAX_SKIPPED = 10  # bad steps in a row after which skipping is no help
+MAX_ROLLBACKS = 5  # of a run, after which its settings are to blame
 
 Record = TypeVar("Record")
 

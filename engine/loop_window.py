@@ -26,6 +26,11 @@ class Window:
         self.norm = norm.detach()
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
 
+    def forget(self, steps: int) -> None:
+        """Take back the last ``steps`` steps, all of them bad."""
+        self.steps -= steps
+        self.skipped -= steps
+
     def means(self) -> dict[str, Any]:
         """The values of a log entry; reads the device."""
         skipped = int(self.skipped)

@@ -1,10 +1,10 @@
 """The training loop: batch -> forward -> backward -> clip -> step -> schedule -> log -> save.
 
 Each part has a file: which examples a step takes (loop_data.py), its loss and gradients in one or several processes
-(loop_step.py), the optimizer and its schedule (optim.py, schedule.py), what goes wrong (loop_faults.py), which
-evaluation was best (loop_best.py), checkpoints (checkpoint.py). A run is a function of configuration, data and base:
-resumed at any step, it ends bit for bit where it would have ended. The device is waited for only when something is
-logged, saved or evaluated.
+(loop_step.py), the optimizer and its schedule (optim.py, schedule.py), what goes wrong (loop_faults.py) and what is
+done about it (loop_recovery.py), which evaluation was best (loop_best.py), checkpoints (checkpoint.py). A run is a
+function of configuration, data and base: resumed at any step, it ends bit for bit where it would have ended. The device
+is waited for only when something is logged, saved or evaluated.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from fuselora.engine import checkpoint, distributed, loop_faults, metrics, optim, schedule, zero_config
+from fuselora.engine import checkpoint, distributed, loop_faults, loop_recovery, metrics, optim, schedule, zero_config
 from fuselora.engine.chat import Example
-from fuselora.engine.checkpoint_state import restore_torch_generators, torch_generators
+from fuselora.engine.checkpoint_state import torch_generators
 from fuselora.engine.checkpoint_weights import load_weights
 from fuselora.engine.config import Config
 from fuselora.engine.distributed import World
@@ -28,8 +28,8 @@ from fuselora.engine.errors import UserError, expected
 from fuselora.engine.heap import keep_freed_memory
 from fuselora.engine.loop_best import Best
 from fuselora.engine.loop_callbacks import Callback, SilentLog
-from fuselora.engine.loop_data import StepData, StepPlan, row_numbers, share
-from fuselora.engine.loop_faults import MAX_SKIPPED, FiniteGuard, StopSignal
+from fuselora.engine.loop_data import StepData, StepPlan, share
+from fuselora.engine.loop_faults import FiniteGuard, StopSignal
 from fuselora.engine.loop_identity import run_identity
 from fuselora.engine.loop_step import Objective, Stepper
 from fuselora.engine.loop_window import Window
@@ -72,7 +72,7 @@ class Trainer:
         zero = zero_config.read(config)
         reshard = distributed.sharding(config) if world.size > 1 and zero is None else None
         if reshard is not None or zero is not None:
-            _ = self._identity  # reads weights in full
+            _ = self.identity  # reads weights in full
         if reshard is not None:
             distributed.shard(model, world, reshard)
         self.optimizer: Any = optim.build_optimizer(model, config)
@@ -83,13 +83,13 @@ class Trainer:
         self.lr_factor = schedule.lr_factor(config, self.total_steps)
         self.guard: FiniteGuard[StepPlan] = FiniteGuard(
             self.device,
-            sticky=config.on_nonfinite == "stop",
+            sticky=config.on_nonfinite != "skip",
             delay=1 if self.device.type == "cuda" and zero is None else 0,  # DeepSpeed has waited for it
         )
         self.micro_size = config.per_device_train_batch_size
         self.best, self.signal = Best(), StopSignal()
-        self.step = self.skipped_in_row = 0
-        self._last_skipped = -2
+        self.step = self.skipped_in_row = self.rollbacks = 0
+        self.last_skipped = -2
         self.resumed = False
         self.last_checkpoint: Path | None = None
         self.window = Window(self.device)
@@ -109,11 +109,12 @@ class Trainer:
             raise expected("output_dir", "one that all processes see", got, "put it on a disk they share")
         if folder is None:
             return
-        state = checkpoint.load_checkpoint(folder, self.model, self.optimizer, self._identity, self.world)
+        state = checkpoint.load_checkpoint(folder, self.model, self.optimizer, self.identity, self.world)
         self.step, self.last_checkpoint, self.resumed = state["step"], folder, True
         self.window.restore(state["window"])
         self.best = Best(**state["best"])
         self.micro_size = min(self.micro_size, state["micro_size"])
+        self.rollbacks = state.get("rollbacks", 0)
         self.data.restore(state["data"])
         if self.stepper.scaler is not None and state["scaler"]:
             self.stepper.scaler.load_state_dict(state["scaler"])
@@ -139,7 +140,7 @@ class Trainer:
                     "processes",
                     f"all {self.world.size} to stay",
                     f"one that ended or hangs, seen by rank {self.world.rank} in step {self.step + 1}",
-                    f"{self._kept}; see the other one's error, then go on with resume_from_checkpoint: auto",
+                    f"{self.kept}; see the other one's error, then go on with resume_from_checkpoint: auto",
                 ) from error
             raise
         self.log.end_line()
@@ -167,7 +168,8 @@ class Trainer:
             self.evaluate_and_log()
         if config.save_strategy != "no":
             self.save()
-        self._settle(all_of_them=True)
+        loop_recovery.settle(self, all_of_them=True)
+        loop_recovery.require_finite_weights(self)
         if config.load_best_model_at_end and not self.signal.number:
             self._load_best()
         self._tell("on_end")
@@ -184,7 +186,7 @@ class Trainer:
         bad = self.guard.judge(plan, loss if overflow else loss + norm)
         self.step += 1
         self.window.add(loss, norm, bad, sum(len(example.input_ids) for example in plan.examples))
-        self._settle()
+        loop_recovery.settle(self)
 
     def _plan(self, step: int) -> StepPlan:
         plan = self.data.take(step)
@@ -203,7 +205,7 @@ class Trainer:
 
     def _shrink(self, plan: StepPlan) -> None:
         """Go back to the beginning of the step with half the micro-batch, or give up."""
-        self._rewind(plan)
+        loop_recovery.rewind(self, plan)
         if (
             self.config.auto_find_batch_size
             and self.micro_size > 1
@@ -220,7 +222,7 @@ class Trainer:
             f"memory: expected room for step {plan.step + 1}, got none for {self.micro_size} x {longest} tokens on "
             f"{self.device}; halve per_device_train_batch_size and double gradient_accumulation_steps, which gives the "
             f"same result (auto_find_batch_size: true does so), lower cutoff_len, leave gradient checkpointing on, or "
-            f"set quantization_bit: 4; {self._kept}"
+            f"set quantization_bit: 4; {self.kept}"
         )
 
     def _update(self, loss: torch.Tensor) -> torch.Tensor:
@@ -229,47 +231,8 @@ class Trainer:
         self.optimizer.zero_grad()
         return norm
 
-    def _settle(self, *, all_of_them: bool = False) -> None:
-        """Act on bad steps whose verdict is due."""
-        for plan in self.guard.settled(all_of_them=all_of_them):
-            self.skipped_in_row = self.skipped_in_row + 1 if plan.step == self._last_skipped + 1 else 1
-            self._last_skipped = plan.step
-            if self.config.on_nonfinite == "stop" or self.skipped_in_row >= MAX_SKIPPED:
-                self._stop_at(plan)
-            self.log.show(f"step {plan.step + 1}: loss or gradient is not finite; skipped{self._rows(plan)}")
-
-    def _stop_at(self, plan: StepPlan) -> None:
-        """Save the state before the bad step, look where it went bad, and raise."""
-        self.log.end_line()
-        if self.config.on_nonfinite == "stop":
-            self._rewind(plan)
-            self.guard = FiniteGuard(self.device, sticky=True, delay=0)
-            self.save()
-        restore_torch_generators(plan.generators, self.device)
-        micro = share(plan.examples, self.micro_size, self.world)
-        source = loop_faults.first_bad_module(self.model, lambda: self.stepper.plain_backward(micro, plan.tokens))
-        found = [part.decode() for part in self.world.gather((source or "").encode())]
-        where = next((part for part in found if part), "nothing that a run of stock modules shows")
-        raise UserError(
-            f"step {plan.step + 1}: expected a finite loss and gradient, got NaN or infinity first in {where}"
-            f"{self._rows(plan)}; {self._kept}; lower learning_rate, look at these rows, set bf16 or fp32 where the "
-            "model overflows, or on_nonfinite: skip"
-        )
-
-    def _rewind(self, plan: StepPlan) -> None:
-        """Back to the beginning of a step that changed no weight."""
-        self.optimizer.zero_grad()
-        self.window.steps -= self.step - plan.step
-        self.step = plan.step
-        self.data.restore(plan.data)
-        restore_torch_generators(plan.generators, self.device)
-
-    def _rows(self, plan: StepPlan) -> str:
-        numbers = row_numbers(plan, self.train)
-        return f" (rows {', '.join(map(str, numbers))} of the training set)" if numbers else ""
-
     @property
-    def _kept(self) -> str:
+    def kept(self) -> str:
         return f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "nothing was saved"
 
     @torch.no_grad()
@@ -310,7 +273,8 @@ class Trainer:
         """Write a checkpoint unless this step has one already."""
         if self.last_checkpoint and self.last_checkpoint.name == f"{checkpoint.PREFIX}{self.step}":
             return
-        self._settle(all_of_them=True)
+        loop_recovery.settle(self, all_of_them=True)
+        loop_recovery.require_finite_weights(self)
         best = self.best.step if self.config.load_best_model_at_end else None
         self.last_checkpoint = checkpoint.save_checkpoint(
             self.output_dir,
@@ -332,9 +296,10 @@ class Trainer:
             "window": self.window.state(self.window.steps),
             "best": self.best.state(),
             "micro_size": self.micro_size,
+            "rollbacks": self.rollbacks,
             "data": self.data.state(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "run": self._identity,
+            "run": self.identity,
         }
 
     def _load_best(self) -> None:
@@ -362,11 +327,11 @@ class Trainer:
         return done >= self.config.eval_delay
 
     @cached_property
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         return run_identity(self.model, self.train, self.config, self.batch)
 
     def _log_window(self) -> None:
-        self._settle(all_of_them=True)
+        loop_recovery.settle(self, all_of_them=True)
         window, seconds = self.window, time.monotonic() - self.window.began
         entry = self.log.record(
             self.step,
