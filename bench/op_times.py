@@ -2,11 +2,11 @@
 
     python bench/op_times.py --out build/gpu [--device cpu]
 
-Ops run on the registry's workloads (on CPU on what they meet in a layer of the ``cpu`` preset), once per
+Ops run on the registry's workloads (on CPU, and where an op has none, on what they meet in a layer), once per
 implementation: time, bytes of the op's own cost model per second as a share of this run's copy bandwidth, FLOPs as a
 share of its matmul rate. Functions run forward plus backward beside their rivals (``rivals.py``) at one Llama-3-8B
-layer of 4096 tokens, on CPU at one of the preset. Both pass the numerics rule against fp64 in the same run or get no
-figure.
+layer of 4096 tokens, on CPU at one of the ``cpu`` preset; bytes and FLOPs of all of them are those of our operators.
+Both pass the numerics rule against fp64 in the same run or get no figure, and a rival must compute what eager computes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 import workloads
-from rivals import Missing, rivals
+from rivals import Missing, check_agreement, rivals
 from stage import Stage
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fuselora.functional  # noqa: F401  (fills the registry)
 from fuselora.kernels.numerics import K_ELEMENTWISE, K_REDUCTION
-from fuselora.kernels.registry import DISPATCH_KEY, FUNCTIONS, OPS, Function, Op, Sample
+from fuselora.kernels.registry import DISPATCH_KEY, FUNCTIONS, OPS, Cost, Function, Op, Sample
 from fuselora.testing import assert_function_close, assert_kernel_close
 
 ENOUGH_SECONDS = 6.0  # a measurement is not begun with less time left
@@ -41,20 +41,26 @@ def doubled(x: Any) -> Any:
 
 
 def op_cases(op: Op, stage: Stage, met: dict[str, tuple[Any, ...]]) -> Iterator[Sample]:
-    """What the op meets in a layer, else its workloads; in smoke runs and where it has none, its first sample that
-    holds data."""
-    found = [Sample("layer", met[op.name])] if op.name in met else []
-    if not found and not stage.smoke:
-        found = list(op.workloads(torch.bfloat16, stage.device)) if stage.device.type == "cuda" else []
-    yield from found or [
-        s for s in op.samples(torch.bfloat16, stage.device) if all(t.numel() for t in tensors(s.args))
-    ][:1]  # fmt: skip
+    """Its workloads on a GPU, else what it meets in a layer; in smoke runs its first sample that holds data."""
+    if stage.smoke:
+        samples = op.samples(torch.bfloat16, stage.device)
+        yield next(s for s in samples if all(t.numel() for t in tensors(s.args)))
+        return
+    found = list(op.workloads(torch.bfloat16, stage.device)) if stage.device.type == "cuda" else []
+    yield from found or [Sample("layer", met[op.name])]
 
 
 def op_parity(op: Op, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """The numerics rule on what ``fn`` returns and, where it updates arguments, on those."""
     k = K_REDUCTION if op.long_reduction else K_ELEMENTWISE
-    truth, stock = op.reference(*tree_map(doubled, args)), op.reference(*args)
-    for ours, exact, theirs in zip(tensors(fn(*args)), tensors(truth), tensors(stock), strict=True):
+    updates = "!" in op.schema
+
+    def results(of: Callable[..., Any], given: tuple[Any, ...]) -> list[Tensor]:
+        given = workloads.copied(given) if updates else given
+        return tensors((of(*given), given if updates else ()))
+
+    exactly, stock = results(op.reference, tree_map(doubled, args)), results(op.reference, args)
+    for ours, exact, theirs in zip(results(fn, args), exactly, stock, strict=True):
         if ours.is_floating_point():
             assert_kernel_close(ours, exact, theirs, name=op.name, k=k)
         else:
@@ -85,7 +91,7 @@ def forward_backward(fn: Callable[..., Any], args: tuple[Any, ...]) -> Callable[
     return lambda: torch.autograd.grad(tensors(fn(*args)), inputs, upstream) and None
 
 
-def measure_function(record: Function, name: str, args: tuple[Any, ...], stage: Stage) -> dict[str, Any]:
+def measure_function(record: Function, name: str, args: tuple[Any, ...], cost: Cost, stage: Stage) -> dict[str, Any]:
     """Forward plus backward of ours or of a rival, in seconds, with peak memory above the inputs on CUDA."""
     if name == "fuselora":
         assert_function_close(record, Sample("workload", args))
@@ -95,8 +101,13 @@ def measure_function(record: Function, name: str, args: tuple[Any, ...], stage: 
             fn = rivals(record)[name]()
         except Missing as missing:
             return {"missing": str(missing)}
+        check_agreement(record, name, fn, args)
     step = forward_backward(fn, args)
-    figures = {"seconds": stage.watch.seconds(step)}
+    seconds = stage.watch.seconds(step)
+    figures = {"seconds": seconds, "forward_s": stage.watch.seconds(lambda: fn(*args))}
+    figures |= {"bytes": cost.bytes, "flops": cost.flops}
+    figures["share_of_copy"] = cost.bytes / seconds / stage.limits["copy_bytes_per_s"]
+    figures["share_of_matmul"] = cost.flops / seconds / stage.limits["matmul_flop_per_s"]
     if stage.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -109,19 +120,21 @@ def main() -> int:
     stage = Stage("kernels", __doc__)
     key, on_cpu = stage.device.type.upper(), stage.device.type == "cpu"
     shape = workloads.SMOKE if stage.smoke else workloads.SHAPES["cpu" if on_cpu else "llama-3-8b"]
-    met = workloads.operators(shape, torch.bfloat16, stage.device) if on_cpu and not stage.smoke else {}
+    met = {} if stage.smoke else workloads.operators(shape, torch.bfloat16, stage.device)
     for op in OPS.values():
+        if not workloads.called_on(op, stage.device):
+            continue
         tags = [*(tag for tag in op.impls if DISPATCH_KEY[tag] == key), "reference"]
         for case in op_cases(op, stage, met):
             for tag in tags:
                 name = f"op {op.name} [{case.name}] {tag}"
                 stage.measure(name, measure_op, op, tag, case, stage, seconds=ENOUGH_SECONDS)
     for name, make in workloads.functions(shape, torch.bfloat16, stage.device).items():
-        if record := FUNCTIONS.get(name):
-            args = make()
-            for side in ("fuselora", *rivals(record)):
-                label = f"function {name} {side}"
-                stage.measure(label, measure_function, record, side, args, stage, seconds=ENOUGH_SECONDS)
+        record, args = FUNCTIONS[workloads.function_name(name)], make()
+        cost = workloads.cost_of(name, args)
+        for side in ("fuselora", *rivals(record)):
+            label = f"function {name} {side}"
+            stage.measure(label, measure_function, record, side, args, cost, stage, seconds=ENOUGH_SECONDS)
     return stage.exit_code()
 
 

@@ -2,7 +2,8 @@
 
 ``eager`` is stock PyTorch as transformers and PEFT write it, ``compile`` the same under ``torch.compile`` (inductor),
 ``liger`` Liger's kernel, ``bitsandbytes`` its 4-bit product, ``flash-attn`` and ``xformers`` their attention. A rival
-that is not installed is named with the reason, not left out.
+that is not installed is named with the reason, not left out; one that computes something else than eager gets no
+figure (``check_agreement``).
 """
 
 from __future__ import annotations
@@ -13,13 +14,33 @@ from typing import Any
 import torch
 
 from fuselora.kernels.nf4 import Quantized4bit
-from fuselora.kernels.registry import Function
+from fuselora.kernels.registry import Function, Sample
+from fuselora.testing import run_with_grads
 
 NAMES = ("eager", "compile", "liger", "bitsandbytes", "flash-attn", "xformers")
 
 
+AGREEMENT = 0.05  # rms of the difference over rms of eager's result: tells other work apart, not roundings
+
+
 class Missing(RuntimeError):
     """A rival that does not run here, and why."""
+
+
+def check_agreement(record: Function, name: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Raise AssertionError where a rival's results or gradients are not those of eager on the same arguments."""
+    results = []
+    for side in (record.eager, fn):
+        torch.manual_seed(0)
+        outputs, gradients = run_with_grads(side, Sample(name, args))
+        results.append([t for t in (*outputs, *gradients) if t is not None])
+    theirs, eager = results[1], results[0]
+    if [t.shape for t in theirs] != [t.shape for t in eager]:
+        raise AssertionError(f"{record.name}: {name}: expected eager's shapes, got {[tuple(t.shape) for t in theirs]}")
+    for got, expected in zip(theirs, eager, strict=True):
+        apart = (got.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30)
+        if not apart <= AGREEMENT:
+            raise AssertionError(f"{record.name}: {name} computes something else than eager: {apart:.0%} apart")
 
 
 def rivals(record: Function) -> dict[str, Callable[[], Callable[..., Any]]]:
