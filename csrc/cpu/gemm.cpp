@@ -26,6 +26,9 @@ template <class Panel>
 constexpr int64_t kSegment = 128;
 template <>
 constexpr int64_t kSegment<uint32_t> = 1280;
+// Pairs whose sums are the result, in fp32 (the adapters' gradients), obey the same rule: at 640 over the rows their error
+// was five times that of MKL. 256 also keeps the panel in the L1 cache and takes 5 to 18 % less time.
+constexpr int64_t kExactSegment = 256;
 constexpr int64_t kDeep = 8192;  // from which depth on panels are taken in groups
 constexpr int64_t kCut = 64;  // where a term is cut: a multiple of this from its beginning
 
@@ -58,6 +61,11 @@ void with_source(const GemmTerm& term, Use use) {
   use_scaled<T, float>(term, use);
 }
 
+template <class Panel>
+int64_t longest_segment(const Gemm& g) {
+  return g.out_dtype == FUSELORA_F32 && kSegment<Panel> > kExactSegment ? kExactSegment : kSegment<Panel>;
+}
+
 // How the work is divided.
 struct Plan {
   int64_t panels, group, groups, blocks, block_rows, segment;
@@ -70,7 +78,7 @@ Plan plan(const Gemm& g) {
   int64_t depth = 0;
   for (int i = 0; i < g.count; ++i) depth += g.terms[i].k;
   Plan p;
-  const int64_t segments = depth > kSegment<typename Dot::Panel> ? (depth - 1) / kSegment<typename Dot::Panel> + 1 : 1;
+  const int64_t most = longest_segment<typename Dot::Panel>(g), segments = depth > most ? (depth - 1) / most + 1 : 1;
   p.segment = round_up((depth + segments - 1) / segments, kCut);
   p.threads = team(g.m * g.n * depth / 64, g.threads);
   p.panels = (g.n + kPanelColumns - 1) / kPanelColumns;

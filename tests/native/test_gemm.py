@@ -42,6 +42,8 @@ def test_native_products_obey_the_numerics_rule(shape, dtype):
         y = gemm([Term(x, w), *adapter_terms(s, b, False, 2.0, split)], n, bias=bias)
         dx = gemm([Term(dy, w, True), *adapter_terms(s, a, True, 1.0, split)], k)
         db = gemm([Term(s.t().contiguous(), dy, True)], n, alpha=3.0, dtype=torch.float32, transposed=True)
+        low = gemm(adapter_terms(x, a, False, 1.0, split), rank)
+        ds = gemm(adapter_terms(dy, b, True, 2.0, split), rank)
     exact = [t.double() for t in (x, dy, s, w, bias, a, b)]
     ex, edy, es, ew, ebias, ea, eb = exact
     lowered = [t.to(dtype) for t in (2 * b, a)]
@@ -49,6 +51,23 @@ def test_native_products_obey_the_numerics_rule(shape, dtype):
     assert_kernel_close(y, ex @ ew.t() + es @ (2 * eb).t() + ebias, stock_y, name="y", k=K)
     assert_kernel_close(dx, edy @ ew + es @ ea, mm(dy, w) + mm(s, lowered[1]), name="dx", k=K)
     assert_kernel_close(db, 3 * (edy.t() @ es), 3 * (dy.float().t() @ s.float()), name="db", k=K)
+    if split:  # as stock multiplies fp32 adapters
+        assert_kernel_close(low, ex @ ea.t(), (x.float() @ a.t()).to(dtype), name="s", k=K)
+        assert_kernel_close(ds, edy @ (2 * eb), (dy.float() @ (2 * b)).to(dtype), name="ds", k=K)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+@pytest.mark.parametrize("rows", [300, 640, 1100, 1280, 2048, 8192])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_native_adapter_gradients_of_many_rows_obey_the_numerics_rule(rows, dtype, mean):
+    """dA and dB, fp32 sums over the rows, next to stock's fp32 products of the widened operands. With a mean the sums
+    grow with the rows, and so does the rounding of every addition."""
+    x, _, s, *_ = operands(rows, 1, 512, 16, dtype)
+    x, s = x + mean, s + mean / 4
+    upright, truth, stock = s.t().contiguous(), s.double().t() @ x.double(), s.float().t() @ x.float()
+    for transposed in (False, True):
+        grad = gemm([Term(upright, x, True)], 512, dtype=torch.float32, transposed=transposed)
+        assert_kernel_close(grad.t() if transposed else grad, truth, stock, name=f"transposed {transposed}", k=K)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -80,6 +99,8 @@ def test_native_threads_do_not_change_bits(dtype):
         yield gemm([Term(x, w), *terms], 70, bias=bias)
         yield gemm([Term(dy, w, True)], 1400)
         yield gemm([Term(s.t().contiguous(), x, True)], 1400, dtype=torch.float32)
+        yield gemm([Term(s.t().contiguous(), x, True)], 1400, dtype=torch.float32, transposed=True)
+        yield gemm(adapter_terms(x, a, False, 1.0, True), 4)
         yield gemm([Term(x[:3], None, quantized=q.operands())], 70)
 
     threads, results = torch.get_num_threads(), []
