@@ -27,16 +27,19 @@ def train(config: Config) -> int:
     import torch
 
     from fuselora.engine import distributed, output
-    from fuselora.engine.checkpoint_weights import result_state
     from fuselora.engine.data import check_sources, first_example, load_data
+    from fuselora.engine.loop_evaluate import said
     from fuselora.engine.memory_run import announce
     from fuselora.engine.methods import trainable_summary
     from fuselora.engine.model import build_model, check_vocabulary, load_tokenizer, resolve_base
     from fuselora.engine.monitors import Reporting, monitors_of
+    from fuselora.engine.predict import check_libraries, predict
     from fuselora.engine.trainer import Trainer
 
     quiet_libraries()
     output.check_output_dir(config)
+    if config.do_predict:
+        check_libraries()
     reporting = Reporting(monitors_of(config), config)
     world = distributed.start(config)
     if config.trust_remote_code:
@@ -48,7 +51,7 @@ def train(config: Config) -> int:
         base = resolve_base(config)
         tokenizer = load_tokenizer(base, config)
         data = load_data(config, tokenizer)
-    print(data.report, first_example(data.train, tokenizer), sep="\n")
+    print(data.report, first_example(data, tokenizer), sep="\n")
 
     print(announce(config))
     model = build_model(base, config)
@@ -62,21 +65,36 @@ def train(config: Config) -> int:
     )
     if config.packed and trainer.data.units is not None:
         print(trainer.data.units.report)
-    if not config.do_train:
-        print(f"held-out loss {trainer.evaluate()['eval_loss']:.4f}")
-        return 0
+    if config.do_train:
+        stopped_by = _fit(trainer, reporting, tokenizer, base, data.shown)
+        if stopped_by:
+            return 128 + stopped_by
+    else:
+        print(said(trainer.evaluate()))
+    if config.do_predict:
+        predict(model, tokenizer, data, config, world)
+    distributed.stop(world)
+    return 0
+
+
+def _fit(trainer: Any, reporting: Any, tokenizer: Any, base: str, shown: Any) -> int:
+    """Train and write the result. Returns 0, or the number of the signal that stopped the run after a checkpoint."""
+    from fuselora.engine import distributed, output
+    from fuselora.engine.checkpoint_weights import result_state
+
+    config, world = trainer.config, trainer.world
     trainer.resume()
     with output.opened_output_dir(config, resumed=trainer.resumed) if world.main else nullcontext():
         with reporting.running(trainer):
             stopped_by = trainer.fit()
     if stopped_by:
         print(f"stopped; go on with the same command and resume_from_checkpoint={trainer.last_checkpoint}")
-        return 128 + stopped_by
-
-    weights = result_state(model)
-    distributed.stop(world)
+        return stopped_by
+    weights = result_state(trainer.model)
+    if not config.do_predict:  # else the others wait, to predict their share
+        distributed.stop(world)
     if world.main:
-        output.write_run(model, tokenizer, config, weights, base, shown=data.shown, records=trainer.log.records)
+        output.write_run(trainer.model, tokenizer, config, weights, base, shown=shown, records=trainer.log.records)
     return 0
 
 

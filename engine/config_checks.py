@@ -52,7 +52,7 @@ def _check_ranges(config: Config) -> None:
     at_least_one = (
         "lora_rank lora_alpha per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
         "cpu_threads logging_steps save_steps save_total_limit eval_steps max_samples max_new_tokens "
-        "early_stopping_steps ddp_timeout preprocessing_num_workers buffer_size"
+        "early_stopping_steps ddp_timeout preprocessing_num_workers buffer_size num_beams"
     )
     ranges = dict.fromkeys(at_least_one.split(), (1, float("inf")))
     ranges |= dict.fromkeys(
@@ -60,7 +60,8 @@ def _check_ranges(config: Config) -> None:
     )
     ranges |= dict.fromkeys(
         "learning_rate num_train_epochs weight_decay max_grad_norm val_size warmup_steps "
-        "neftune_noise_alpha dequant_cache_gb loraplus_lr_ratio loraplus_lr_embedding eval_delay".split(),
+        "neftune_noise_alpha dequant_cache_gb loraplus_lr_ratio loraplus_lr_embedding eval_delay temperature "
+        "top_k".split(),
         (0, float("inf")),
     )
     ranges |= dict.fromkeys(["activation_budget_gb", "memory_budget_gb"], (0, float("inf")))
@@ -71,6 +72,8 @@ def _check_ranges(config: Config) -> None:
         if value is not None and not low <= value < high:
             want = f"{low} or more" if high == float("inf") else f"{low} <= {key} < {high}"
             raise expected(key, want, value, "choose a value in that range")
+    if not 0 < config.top_p <= 1:
+        raise expected("top_p", "above 0, at most 1", config.top_p, "choose a value in that range")
     if config.val_size >= 1 and config.val_size != int(config.val_size):
         raise expected("val_size", "a share below 1 or a whole number of rows", config.val_size, "choose one of those")
 
@@ -140,9 +143,7 @@ def _check_checkpointing(config: Config) -> None:
 
 
 def _check_combinations(config: Config) -> None:
-    warmup = config.warmup_ratio > 0 or config.warmup_steps > 0
-    if config.lr_scheduler_type == "constant" and warmup:
-        raise expected("lr_scheduler_type", "constant_with_warmup for a warmup", "constant", "change one of the two")
+    _check_schedule(config)
     if config.train_on_prompt and config.mask_history:
         raise expected("mask_history", "false with train_on_prompt", "both true", "drop one of them")
     if config.eval_dataset and config.val_size > 0:
@@ -158,12 +159,36 @@ def _check_combinations(config: Config) -> None:
         raise expected("flash_attn", "auto or sdpa with shift_attn", config.flash_attn, "drop one of the two")
     if config.shift_attn and config.cutoff_len % 8:
         raise expected("cutoff_len", "a multiple of 8 with shift_attn", config.cutoff_len, "change it")
-    held_out = bool(config.eval_dataset) or config.val_size > 0
-    if config.eval_strategy != "no" and not held_out:
-        raise expected(
-            "eval_strategy", "no without held-out data", config.eval_strategy, "set eval_dataset or val_size"
-        )
+    _check_evaluation(config)
     _check_best(config)
+
+
+def _check_schedule(config: Config) -> None:
+    kind = config.lr_scheduler_type
+    if kind in ("constant", "reduce_lr_on_plateau") and (config.warmup_ratio > 0 or config.warmup_steps > 0):
+        want = "constant_with_warmup for a warmup" if kind == "constant" else "another schedule for a warmup"
+        raise expected("lr_scheduler_type", want, kind, "change one of the two")
+    if kind == "reduce_lr_on_plateau" and config.eval_strategy == "no":
+        raise expected("lr_scheduler_type", "an eval_strategy with reduce_lr_on_plateau", "no", "set steps or epoch")
+
+
+def _check_evaluation(config: Config) -> None:
+    held_out = bool(config.eval_dataset) or config.val_size > 0
+    if not held_out:
+        for key, off in (("eval_strategy", "no"), ("do_predict", False)):
+            if getattr(config, key) != off:
+                got = as_yaml(getattr(config, key))
+                raise expected(key, f"{as_yaml(off)} without held-out data", got, "set eval_dataset or val_size")
+    twice = {name for name in config.eval_dataset if config.eval_dataset.count(name) > 1}
+    if config.eval_on_each_dataset and twice:
+        raise expected("eval_dataset", "each name once with eval_on_each_dataset", ", ".join(twice), "drop the second")
+    if config.do_predict != config.predict_with_generate:
+        key = "do_predict" if config.predict_with_generate else "predict_with_generate"
+        raise expected(key, "true with the other one: predictions are generated", "false", "set both or neither")
+    if config.do_predict and config.stage != "sft":
+        raise expected("do_predict", f"false with stage {config.stage}", "true", "predict with stage: sft")
+    if config.do_predict and config.do_train and (config.fsdp or config.deepspeed):
+        raise expected("do_predict", "false where weights are in parts", "true", "predict in a run of its own")
 
 
 def _check_data(config: Config) -> None:

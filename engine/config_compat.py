@@ -28,6 +28,8 @@ TRANSLATED: dict[str, tuple[str, dict[Any, Any] | None]] = {
     "evaluation_strategy": ("eval_strategy", None),
     "no_cuda": ("use_cpu", {True: True}),
     "train_sampling_strategy": ("disable_shuffling", {"sequential": True}),
+    "eval_num_beams": ("num_beams", None),
+    "generation_num_beams": ("num_beams", None),
 }
 
 HARMLESS: dict[str, str] = {
@@ -42,10 +44,9 @@ HARMLESS: dict[str, str] = {
     ),
     "order of the rows only": "group_by_length",
     "how weights are loaded": "low_cpu_mem_usage quantization_device_map offload_folder",
-    "nothing is generated or cached while training": (
-        "infer_backend infer_dtype use_kv_cache use_cache do_sample temperature top_p top_k num_beams max_length "
-        "repetition_penalty length_penalty skip_special_tokens eval_num_beams generation_max_length "
-        "generation_num_beams generation_config vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank "
+    "generation is by transformers, as long as max_new_tokens says": (
+        "infer_backend infer_dtype use_kv_cache use_cache max_length generation_max_length generation_config "
+        "vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank "
         "vllm_config sglang_maxlen sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend"
     ),
     "logging has one form here": (
@@ -69,7 +70,7 @@ HARMLESS: dict[str, str] = {
     "norms, the head's output and the loss are computed in fp32 whatever the weights are": (
         "upcast_layernorm upcast_lmhead_output"
     ),
-    "evaluation is the loss per trained token": (
+    "evaluation batches its rows in its own way": (
         "prediction_loss_only eval_do_concat_batches eval_use_gather_object include_for_metrics batch_eval_metrics "
         "sortish_sampler"
     ),
@@ -150,10 +151,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_hyper_parallel": (_OFF, "remove it: HyperParallel is another backend; this one trains in PyTorch"),
     "optim_target_modules": (_OFF, _LATER),
     "freeze_language_model": (_OFF, "there is nothing else to train yet; remove it"),
-    "compute_accuracy": (_OFF, "read eval_loss; accuracy does not exist here yet"),
-    "predict_with_generate": (_OFF, "train, then generate with the saved adapter"),
-    "do_predict": (_OFF, "train, then generate with the saved adapter"),
-    "eval_on_each_dataset": (_OFF, "evaluation is over all held-out sets together; run one at a time"),
     "preserve_thinking": (_OFF, "pass template: a file that keeps the reasoning of earlier turns"),
     "dataloader_drop_last": (_OFF, "the last, smaller step of an epoch is trained too; remove it"),
     "torch_compile": (_OFF, "remove it: the fused operations are what runs"),

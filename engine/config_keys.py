@@ -20,6 +20,7 @@ SCHEDULES = (
     "cosine_with_min_lr",
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
+    "reduce_lr_on_plateau",
 )
 OPTIMIZERS = (
     "auto",
@@ -236,10 +237,17 @@ class TrainKeys:
     num_train_epochs: float = _key("train", 3.0, "Passes over the data.")
     max_steps: int = _key("train", -1, "Optimizer steps; above 0 it replaces num_train_epochs.")
     lr_scheduler_type: str = _key(
-        "train", "linear", "Shape of the schedule, as in transformers' get_scheduler.", SCHEDULES
+        "train",
+        "linear",
+        "Shape of the schedule, as in transformers' get_scheduler; reduce_lr_on_plateau goes by "
+        "metric_for_best_model, without a warmup.",
+        SCHEDULES,
     )
     lr_scheduler_kwargs: dict[str, Any] | None = _key(
-        "train", None, "Further arguments of the schedule, such as `{num_cycles: 2}` or `{min_lr_rate: 0.1}`."
+        "train",
+        None,
+        "Further arguments of the schedule, such as `{num_cycles: 2}`, `{min_lr_rate: 0.1}` or, on plateaus, "
+        "`{factor: 0.5, patience: 3}`.",
     )
     warmup_ratio: float = _key("train", 0.0, "Share of the steps with rising learning rate.")
     warmup_steps: float = _key(
@@ -348,5 +356,30 @@ class EvalKeys:
     load_best_model_at_end: bool = _key("eval", False, "Finish with the weights of the best checkpoint, and keep it.")
     metric_for_best_model: str | None = _key("eval", None, "What is best; unset: eval_loss.")
     greater_is_better: bool | None = _key("eval", None, "unset: false for a metric that ends in loss, else true.")
-    per_device_eval_batch_size: int = _key("eval", 8, "Sequences per forward pass in evaluation.")
-    max_new_tokens: int = _key("eval", 64, "Length of the sample generation after training.")
+    per_device_eval_batch_size: int = _key("eval", 8, "Sequences per forward pass in evaluation and prediction.")
+    eval_on_each_dataset: bool = _key(
+        "eval", False, "Record eval_NAME_loss of each set of eval_dataset too, beside eval_loss of all."
+    )
+    compute_accuracy: bool = _key(
+        "eval",
+        False,
+        "Record eval_accuracy too: the mean over examples of the share of trained tokens that are the likeliest ones.",
+    )
+    do_predict: bool = _key(
+        "eval",
+        False,
+        "Answer the held-out conversations, after training if there is any: generated_predictions.jsonl with prompt, "
+        "answer and label, BLEU-4 and ROUGE in predict_results.json; needs `pip install 'fuselora[predict]'`.",
+    )
+    predict_with_generate: bool = _key("eval", False, "Only with do_predict, whose answers are always generated.")
+    max_new_tokens: int | None = _key(
+        "eval", None, "Longest answer in tokens; unset: 64 of the sample after training, 1024 of do_predict."
+    )
+    do_sample: bool = _key("eval", True, "Predict by sampling; false: take the likeliest token.")
+    temperature: float = _key("eval", 0.95, "Of sampling; 0 takes the likeliest token.")
+    top_p: float = _key("eval", 0.7, "Sample among the likeliest tokens with this share of the probability.")
+    top_k: int = _key("eval", 50, "Sample among this many likeliest tokens.")
+    num_beams: int = _key("eval", 1, "Beams to search with.")
+    repetition_penalty: float = _key("eval", 1.0, "Above 1: make what was said less likely.")
+    length_penalty: float = _key("eval", 1.0, "Of beams: above 0 prefers longer answers.")
+    skip_special_tokens: bool = _key("eval", True, "Leave special tokens out of written answers and labels.")

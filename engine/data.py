@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ class Data:
     """What a run trains and evaluates on. ``shown`` is a conversation for the sample after training."""
 
     train: Any  # a sequence of examples, or a Stream
-    held_out: Sequence[Any]
+    held_out: Any  # a sequence of examples, or with eval_on_each_dataset one of each set, by name
     report: str
     shown: Conversation | None
     largest: int  # token id
@@ -64,7 +64,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     if config.streaming:
         return _streamed(config, tokenizer)
     train, account = _load(_sources(config, held_out=False), config, tokenizer)
-    held_out, held_out_account = _load(_sources(config, held_out=True), config, tokenizer)
+    held_out, held_out_account = _held_out(config, tokenizer)
     drawn = len(train)
     if config.val_size > 0:
         train, held_out = divided(train, config)
@@ -81,16 +81,20 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
 def _streamed(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     """A stream to train on; held-out sets are read as always, ``val_size`` takes the stream's first rows."""
     stream = Stream(_sources(config, held_out=False), config, tokenizer, skip=int(config.val_size))
-    held_out, account = _load(_sources(config, held_out=True), config, tokenizer)
+    held_out, account = _held_out(config, tokenizer)
     rows = stream.held_out() if config.val_size else held_out
-    report = f"training: a stream\nheld out: {len(rows)} examples"
+    report = "training: a stream\nheld out: " + (f"{len(rows)} examples" if config.val_size else str(account))
     return Data(stream, rows, report, account.shown or stream.shown(), len(tokenizer) - 1)
 
 
-def first_example(train: Sequence[Any] | Stream, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The first training example decoded, trained tokens between brackets, long stretches shortened."""
-    example = train.first() if isinstance(train, Stream) else train[0]
-    lines = ["first training example, trained tokens between \u27e6 and \u27e7:"]
+def first_example(data: Data, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first training example decoded, trained tokens between brackets, long stretches shortened; without any
+    training data the first held-out one.
+    """
+    sets = data.held_out.values() if isinstance(data.held_out, Mapping) else [data.held_out]
+    first = itertools.chain([data.train.first()] if isinstance(data.train, Stream) else data.train[:1], *sets)
+    example, kind = next(first), "training" if data.train else "held-out"
+    lines = [f"first {kind} example, trained tokens between \u27e6 and \u27e7:"]
     for sequence in sequences(example):
         pairs = zip(sequence.input_ids, (label != IGNORE for label in sequence.labels), strict=True)
         runs = itertools.groupby(pairs, key=lambda pair: pair[1])
@@ -107,6 +111,16 @@ def _sources(config: Config, *, held_out: bool) -> list[Source]:
     names = config.eval_dataset if held_out else config.dataset
     options = {"held_out": held_out, "streaming": config.streaming and not held_out, "cache_dir": config.cache_dir}
     return [Source.of(name, config.dataset_dir, config.stage, **options) for name in names]
+
+
+def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Account]:
+    """The sets of ``eval_dataset`` as one, or each by its name."""
+    sources = _sources(config, held_out=True)
+    if not config.eval_on_each_dataset:
+        return _load(sources, config, tokenizer)
+    parts = {source.info.name: _load([source], config, tokenizer) for source in sources}
+    accounts = (account for _, account in parts.values())
+    return {name: examples for name, (examples, _) in parts.items()}, sum(accounts, Account())
 
 
 def _load(

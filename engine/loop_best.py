@@ -27,10 +27,8 @@ class Best:
         name = metric_name(config)
         if name not in metrics:
             raise expected("metric_for_best_model", "one of " + ", ".join(metrics), name, "choose one of those")
-        value, greater = metrics[name], config.greater_is_better
-        if greater is None:
-            greater = not name.endswith("loss")
-        better = self.value is None or (value > self.value if greater else value < self.value)
+        value = metrics[name]
+        better = self.value is None or (value > self.value if greater_is_better(config) else value < self.value)
         better = better and math.isfinite(value)  # nothing is below NaN
         if better:
             self.value, self.step, self.worse = value, step, 0
@@ -46,3 +44,10 @@ def metric_name(config: Config) -> str:
     """``metric_for_best_model`` with the prefix that evaluation gives its metrics."""
     name = config.metric_for_best_model or "loss"
     return name if name.startswith("eval_") else f"eval_{name}"
+
+
+def greater_is_better(config: Config) -> bool:
+    """``greater_is_better``; unset, whether the metric is no loss."""
+    if config.greater_is_better is None:
+        return not metric_name(config).endswith("loss")
+    return config.greater_is_better

@@ -59,6 +59,7 @@ def roll_back(trainer: Trainer, why: str) -> None:
         return
     state = checkpoint.load_checkpoint(folder, trainer.model, trainer.optimizer, trainer.identity, trainer.world)
     trainer.best = Best(**state["best"])
+    trainer.schedule.restore(state.get("schedule"))
     if trainer.stepper.scaler is not None and state["scaler"]:
         trainer.stepper.scaler.load_state_dict(state["scaler"])
     trainer.log.record(trainer.step, rolled_back_to=state["step"], epoch=trainer.epoch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class Stepper:
 
     def loss(self, examples: Sequence[Example], tokens: int) -> Tensor:
         """Loss of one micro-batch, over ``tokens``."""
-        return self._loss(self.module, examples, tokens)
+        return self.loss_of(self.module, examples, tokens)
 
     def update(self, optimizer: Any, ok: Tensor) -> Tensor:
         """Clip and update, where ``ok`` (0-d bool) and the norm allow it. Returns the norm before clipping."""
@@ -109,12 +109,12 @@ class Stepper:
                 self.loss(examples, tokens).backward()
 
     @torch.no_grad()
-    def evaluation_loss(self, batches: Sequence[Sequence[Example]], tokens: int) -> Tensor:
+    def evaluation_loss(self, batches: Iterable[Sequence[Example]], tokens: int) -> Tensor:
         """Sum of the batches' losses over ``tokens``, of this process alone."""
         total = torch.zeros((), device=self.device)
         plain = distributed.LossOf(self.model, self.evaluated)
         for examples in batches:
-            total += self._loss(plain, examples, tokens)
+            total += self.loss_of(plain, examples, tokens)
         return total
 
     def _quietly(self) -> contextlib.AbstractContextManager[None]:
@@ -127,7 +127,8 @@ class Stepper:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach()
 
-    def _loss(self, module: Any, examples: Sequence[Example], tokens: int) -> Tensor:
+    def loss_of(self, module: Any, examples: Sequence[Example], tokens: int) -> Tensor:
+        """Loss of one micro-batch by ``module``, a ``LossOf`` or a replica of one."""
         batch = self.collate(examples)
         if self.neftune is not None:
             self.neftune.lengths(batch)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LOCK = ".run.lock"
+SAMPLE = 64  # tokens of the sample after training
 SMALL = 1_000_000_000  # weights; reloading a larger base in fp32 takes more memory than its training may have
 
 
@@ -55,7 +56,7 @@ def check_output_dir(config: Config) -> None:
             "choose another, or set resume_from_checkpoint: auto or overwrite_output_dir: true",
         )
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if config.do_train and not os.access(there, os.W_OK | os.X_OK):
+    if (config.do_train or config.do_predict) and not os.access(there, os.W_OK | os.X_OK):
         raise expected("output_dir", "the right to write", f"none in {str(there)!r}", "choose another")
 
 
@@ -215,7 +216,7 @@ def check_result(
     ids = stock.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=config.max_new_tokens or SAMPLE,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )

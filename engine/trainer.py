@@ -18,7 +18,17 @@ from typing import Any
 
 import torch
 
-from fuselora.engine import checkpoint, distributed, loop_faults, loop_recovery, metrics, optim, schedule, zero_config
+from fuselora.engine import (
+    checkpoint,
+    distributed,
+    loop_evaluate,
+    loop_faults,
+    loop_recovery,
+    metrics,
+    optim,
+    schedule,
+    zero_config,
+)
 from fuselora.engine.chat import Example
 from fuselora.engine.checkpoint_state import torch_generators
 from fuselora.engine.checkpoint_weights import load_weights
@@ -29,6 +39,7 @@ from fuselora.engine.heap import keep_freed_memory
 from fuselora.engine.loop_best import Best
 from fuselora.engine.loop_callbacks import Callback, SilentLog
 from fuselora.engine.loop_data import StepData, StepPlan, share
+from fuselora.engine.loop_evaluate import HeldOut
 from fuselora.engine.loop_faults import FiniteGuard, StopSignal
 from fuselora.engine.loop_identity import run_identity
 from fuselora.engine.loop_step import Objective, Stepper
@@ -42,6 +53,7 @@ class Trainer:
     Args:
         train: a sequence of examples, or a stream of them (any iterable, with ``state_dict`` and ``load_state_dict``
             for an exact resume).
+        held_out: examples to evaluate on, or several sets of them by name.
         world: the processes that train together, from ``distributed.start``.
         objective: the loss of a batch; None: next-token cross-entropy.
         callbacks: told of steps, logs, evaluations and checkpoints.
@@ -51,7 +63,7 @@ class Trainer:
         self,
         model: Any,
         train: Sequence[Example] | Iterable[Example],
-        held_out: Sequence[Example],
+        held_out: HeldOut,
         config: Config,
         *,
         pad_id: int,
@@ -80,7 +92,7 @@ class Trainer:
             self.stepper = Stepper(model, config, world, pad_id, objective)
         else:
             self.stepper, self.optimizer = zero_loop(model, config, world, pad_id, objective, self.optimizer, zero)
-        self.lr_factor = schedule.lr_factor(config, self.total_steps)
+        self.schedule = schedule.Schedule(config, self.optimizer, self.total_steps)
         self.guard: FiniteGuard[StepPlan] = FiniteGuard(
             self.device,
             sticky=config.on_nonfinite != "skip",
@@ -89,6 +101,7 @@ class Trainer:
         self.micro_size = config.per_device_train_batch_size
         self.best, self.signal = Best(), StopSignal()
         self.step = self.skipped_in_row = self.rollbacks = 0
+        self.evaluation_due = False
         self.last_skipped = -2
         self.resumed = False
         self.last_checkpoint: Path | None = None
@@ -116,6 +129,8 @@ class Trainer:
         self.micro_size = min(self.micro_size, state["micro_size"])
         self.rollbacks = state.get("rollbacks", 0)
         self.data.restore(state["data"])
+        self.schedule.restore(state.get("schedule"))
+        self.evaluation_due = state.get("evaluation_due", False)
         if self.stepper.scaler is not None and state["scaler"]:
             self.stepper.scaler.load_state_dict(state["scaler"])
         print(f"resumed from {folder} at step {self.step}/{self.total_steps}", flush=True)
@@ -148,7 +163,7 @@ class Trainer:
 
     def _fit(self) -> None:
         config = self.config
-        if config.eval_on_start and not self.resumed:
+        if self.evaluation_due or (config.eval_on_start and not self.resumed):
             self.evaluate_and_log()
         self._tell("on_begin")
         self.window.began = time.monotonic()
@@ -178,7 +193,7 @@ class Trainer:
         """One optimizer step over ``batch`` sequences."""
         if not self.model.training:
             self.model.train()
-        schedule.set_learning_rate(self.optimizer, self.lr_factor(self.step))
+        self.schedule.set_rates(self.step)
         plan = self._plan(self.step)
         loss = self._backward(plan)
         norm = self._update(loss)
@@ -235,36 +250,26 @@ class Trainer:
     def kept(self) -> str:
         return f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "nothing was saved"
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """``eval_loss`` per trained token of the held-out examples; rows of a batch have like lengths."""
-        self.model.eval()
-        examples = sorted(self.held_out, key=lambda example: -len(example.input_ids))
-        tokens = sum(example.trained for example in examples)
-        batches = share(examples, self.config.per_device_eval_batch_size, self.world)
-        total = self.stepper.evaluation_loss(self._until_signal(batches), tokens)
-        if self.world.size > 1:
-            distributed.give_back(self.model)
-        return {"eval_loss": self.world.sum_(total).item()}
-
-    def _until_signal(self, batches: Sequence[Any]) -> Iterable[Any]:
-        """Alone, a process need not finish an evaluation; several would wait for each other."""
-        for batch in batches:
-            if self.signal.number and self.world.size == 1:
-                return
-            yield batch
+        """The scores of the held-out examples, by name."""
+        return loop_evaluate.evaluate(self.held_out, self.stepper, lambda: bool(self.signal.number))
 
     def evaluate_and_log(self) -> None:
-        """Evaluate, record it, and keep the checkpoint of the best."""
+        """Evaluate, record it, tell the schedule, and keep the checkpoint of the best. An evaluation that a signal cuts
+        short is made by the resumed run.
+        """
         if not self.held_out:
             return
         began = time.monotonic()
         scores = self.evaluate()
-        if not self.signal.number or self.world.size > 1:
+        self.evaluation_due = bool(self.signal.number) and self.world.size == 1
+        if not self.evaluation_due:
             self.log.record(self.step, **scores, epoch=self.epoch)
-            self.log.show(f"step {self.step}/{self.total_steps}  held-out loss {scores['eval_loss']:.4f}")
+            self.log.show(f"step {self.step}/{self.total_steps}  {loop_evaluate.said(scores)}")
             self._tell("on_evaluate", scores)
             best = self.step > 0 and self.best.update(self.step, scores, self.config)
+            if self.step > 0 and self.schedule.saw(scores, self.config):
+                self.log.show(f"step {self.step}/{self.total_steps}  no better: learning rate {self.schedule.rate:.2e}")
             if best and self.config.load_best_model_at_end:
                 self.save()
         self.window.began += time.monotonic() - began  # tokens/s counts training only
@@ -298,6 +303,8 @@ class Trainer:
             "micro_size": self.micro_size,
             "rollbacks": self.rollbacks,
             "data": self.data.state(),
+            "schedule": self.schedule.state(),
+            "evaluation_due": self.evaluation_due,
             "scaler": None if scaler is None else scaler.state_dict(),
             "run": self.identity,
         }

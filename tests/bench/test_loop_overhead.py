@@ -9,7 +9,7 @@ import torch
 def test_both_sides_take_the_same_steps(tmp_path):
     args = loop_overhead.argparse.Namespace(preset="tiny", layers=1, logging_steps=10)
     bare, trainer = loop_overhead.build(args, tmp_path)
-    trainer.lr_factor = lambda step: 1.0
+    trainer.schedule.factor = lambda step: 1.0
     trainer.config.__dict__["max_grad_norm"] = 0.0  # the bare step doesn't clip
     for _ in range(3):
         bare.step()

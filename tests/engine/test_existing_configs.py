@@ -46,7 +46,7 @@ def test_accepted(name, tokenizer, tmp_path):
     assert examples and all(isinstance(example, Example) and example.trained for example in examples)
     assert max(len(sequence.input_ids) for example in examples for sequence in sequences(example)) <= config.cutoff_len
     assert bool(data.held_out) == (config.val_size > 0)
-    assert "⟦" in first_example(data.train, tokenizer)
+    assert "⟦" in first_example(data, tokenizer)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
@@ -59,7 +59,7 @@ def test_refused(name, tmp_path):
 def test_first_example_marks_what_is_trained(tokenizer, tmp_path):
     config, _ = read("qlora_sft.yaml", tmp_path)
     tokenizer.chat_template = TEMPLATE
-    text = first_example(load_data(config, tokenizer).train, tokenizer)
+    text = first_example(load_data(config, tokenizer), tokenizer)
     lines = text.splitlines()
     assert lines[1] == (
         "<|user|>Join 1.<|end|><|assistant|>path one<|end|><|user|>Join 0.<|end|><|assistant|>⟦path two<|end|>⟧"

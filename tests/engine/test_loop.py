@@ -318,9 +318,9 @@ def test_fp16_is_for_gpus(make_trainer):
 def test_loss_scaling_survives_an_overflow(make_trainer, weights, tmp_path):
     """With a scaler an overflow lowers the scale and leaves the step out; other steps are those without one."""
     plain = make_trainer(max_steps=4, logging_steps=4)
-    plain.lr_factor = lambda step: 1.0
+    plain.schedule.factor = lambda step: 1.0
     scaled = make_trainer(max_steps=5, logging_steps=5, output_dir=str(tmp_path / "scaled"))
-    scaled.lr_factor = lambda step: 1.0
+    scaled.schedule.factor = lambda step: 1.0
     scaler = scaled.stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     last = [p for p in scaled.model.parameters() if p.requires_grad][-1]
     last.register_hook(lambda grad: grad * (math.inf if scaled.step == 0 else 1))

@@ -1,5 +1,7 @@
 """Schedules and optimizers against transformers' and PEFT's own."""
 
+import json
+import math
 import types
 
 import pytest
@@ -19,7 +21,7 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", [kind for kind in SCHEDULES if kind != "reduce_lr_on_plateau"])
 def test_schedule_equals_transformers(make_config, kind):
     from transformers import get_scheduler
 
@@ -51,6 +53,46 @@ def test_schedules_with_required_arguments_have_defaults(make_config, kind):
 def test_arguments_that_a_schedule_does_not_take(make_config, kind, arguments):
     with pytest.raises(UserError, match="lr_scheduler_kwargs"):
         schedule.lr_factor(make_config(lr_scheduler_type=kind, lr_scheduler_kwargs=arguments), 10)
+
+
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "val_size": 6}
+
+
+@pytest.mark.parametrize("arguments", [None, {"factor": 0.5, "patience": 1, "min_lr": [1e-3, 2e-3], "cooldown": 1}])
+def test_plateaus_are_pytorchs(make_config, arguments):
+    """Two groups, through a state in the middle, against PyTorch's scheduler on the optimizer itself."""
+
+    def optimizer():
+        groups = [{"params": [torch.zeros(1)], "lr": rate, "initial_lr": rate} for rate in (1e-2, 3e-2)]
+        return torch.optim.SGD(groups)
+
+    theirs = optimizer()
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(theirs, **arguments or {})
+    config = make_config(**PLATEAU, lr_scheduler_kwargs=arguments)
+    ours, current = optimizer(), None
+    for step, loss in enumerate([3.0, 2.0, 2.5, 2.4, 1.9, 2.0, 2.0, 2.0, 2.1, *[2.2] * 30, math.nan]):
+        again = schedule.Schedule(config, ours, 99)
+        again.restore(json.loads(json.dumps(current)))
+        again.set_rates(step)
+        assert [g["lr"] for g in ours.param_groups] == [g["lr"] for g in theirs.param_groups]
+        reference.step(loss)
+        again.saw({"eval_loss": loss}, config)
+        current = again.state()
+    assert ours.param_groups[0]["lr"] < 1e-2
+
+
+def test_a_plateau_of_accuracy_is_a_maximum(make_config):
+    config = make_config(**PLATEAU, metric_for_best_model="accuracy", lr_scheduler_kwargs={"patience": 0})
+    weight = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 1.0, "initial_lr": 1.0}])
+    plateau = schedule.Schedule(config, weight, 9)
+    lowered = [plateau.saw({"eval_accuracy": score}, config) for score in (0.1, 0.2, 0.3, 0.2)]
+    assert lowered == [False, False, False, True]
+
+
+@pytest.mark.parametrize("arguments", [{"num_cycles": 2}, {"factor": 2.0}, {"mode": "up"}, {"patience": "a"}])
+def test_arguments_that_a_plateau_does_not_take(make_trainer, arguments):
+    with pytest.raises(UserError, match="lr_scheduler_kwargs: expected arguments of PyTorch's ReduceLROnPlateau"):
+        make_trainer(**PLATEAU, lr_scheduler_kwargs=arguments)
 
 
 def test_warmup_steps_replaces_ratio(make_config):
