@@ -77,7 +77,9 @@ def merge_adapters(
 
 
 def merge_in_fp32(model: PeftModel) -> Any:
-    """``merge_and_unload`` with every sum in fp32 and one rounding, whatever the dtype of the base: PEFT adds in it."""
+    """``merge_and_unload`` with every product and sum in fp32 and one rounding, whatever dtypes base and adapter have:
+    PEFT multiplies and adds in them.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     with torch.no_grad():
@@ -90,8 +92,9 @@ def merge_in_fp32(model: PeftModel) -> Any:
 def _merge_layer(layer: Any) -> None:
     base = layer.get_base_layer()
     dtypes = {name: p.dtype for name, p in base.named_parameters(recurse=False) if p.is_floating_point()}
-    for name in dtypes:
-        getattr(base, name).data = getattr(base, name).data.float()
+    for p in layer.parameters():  # the adapter's stay fp32: it is thrown away
+        if p.is_floating_point():
+            p.data = p.data.float()
     layer.merge(safe_merge=True)  # raises for a NaN
     for name, dtype in dtypes.items():
         getattr(base, name).data = getattr(base, name).data.to(dtype)

@@ -7,22 +7,19 @@ for each adapter of ``adapter_name_or_path`` in turn, on a base of any kind: a d
 folder gets safetensors in shards, configuration, tokenizer and chat template, an Ollama Modelfile, and a GGUF file if
 asked.
 
-What was written is read back and its logits compared with those of base and adapter, both computed in fp32
-(fp32_compute.py). The difference is the rounding of W' to 16 bits; rounding while computing in 16 bits is several times
-larger, and a difference beyond that means that the export is not the model that was trained.
+What was written is read back and its logits compared with those of base and adapter (export_parity.py).
 """
 
 from __future__ import annotations
 
 import gc
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fuselora.engine import export_parity as parity
 from fuselora.engine.adapters import check_base, load_adapter, merge_in_fp32
 from fuselora.engine.config import Config
 from fuselora.engine.config_export import ExportConfig
@@ -39,35 +36,9 @@ from fuselora.engine.output import save_model
 from fuselora.engine.patch import patch_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TOKENS = (2, 64)  # of the comparison
-TARGET = 1e-3
 
 
-@dataclass(frozen=True)
-class Parity:
-    """Logits of the exported model beside those of base and adapter, in fp32. ``rms`` and ``largest`` are relative to
-    the rms and the largest of the logits; ``computing`` is the rms that computing base and adapter in the export's
-    dtype makes.
-    """
-
-    rms: float
-    largest: float
-    computing: float
-    dtype: torch.dtype
-
-    @property
-    def ok(self) -> bool:
-        return self.rms <= max(TARGET, self.computing)
-
-    def __str__(self) -> str:
-        verdict, dtype = "ok" if self.ok else "FAILED", str(self.dtype).removeprefix("torch.")
-        return (
-            f"parity: {verdict}: logits differ from base and adapter by {self.rms:.2e} (rms) and {self.largest:.2e} "
-            f"(largest) of theirs; computing in {dtype} alone makes {self.computing:.2e}"
-        )
-
-
-def export(config: ExportConfig) -> Parity:
+def export(config: ExportConfig) -> parity.Parity:
     """Write ``export_dir`` and return how close what is there is to base and adapter.
 
     Raises:
@@ -80,10 +51,11 @@ def export(config: ExportConfig) -> Parity:
     model, dtype = _load(base, config, device)
     if config.export_gguf:
         check_gguf(model.config, tokenizer)
-    ids = _tokens(model)
+    ids = parity.random_tokens(model)
     model = _apply_all_but_last(model, base, config)
     before = fp32_logits(model, ids)
-    computing = _relative_rms(_logits_in(model, ids, dtype) - before, before)
+    computing = parity.relative_rms(parity.logits_in(model, ids, dtype) - before, before)
+    rounded = parity.rounded_modules(model, dtype)
     merged = _untie(_merge(model, dtype))
     _write(merged, tokenizer, folder, dtype, config)
     if config.export_gguf:
@@ -91,10 +63,7 @@ def export(config: ExportConfig) -> Parity:
     print(write_modelfile(folder, tokenizer, f"./{GGUF}" if config.export_gguf else ".", config.default_system))
     del model, merged
     gc.collect()
-    after = fp32_logits(_read_back(folder, device, config.trust_remote_code), ids)
-    difference = after - before
-    largest = (difference.abs().max() / before.abs().max()).item()
-    return Parity(_relative_rms(difference, before), largest, computing, dtype)
+    return parity.compare(_read_back(folder, device, config.trust_remote_code), ids, before, computing, rounded)
 
 
 def _check_folder(config: ExportConfig) -> Path:
@@ -219,21 +188,3 @@ def _read_back(folder: Path, device: torch.device, trust_remote_code: bool) -> A
         if info[kind]:
             raise UserError(f"export_dir: expected the weights of the model, got {kind} {sorted(info[kind])[0]!r}")
     return model.to(device)
-
-
-def _tokens(model: Any) -> Tensor:
-    weight = model.get_input_embeddings().weight
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(weight.shape[0], TOKENS, generator=generator).to(weight.device)
-
-
-@torch.no_grad()
-def _logits_in(model: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.float32:
-        return fp32_logits(model, ids)
-    with torch.autocast(ids.device.type, dtype):
-        return model.eval()(input_ids=ids, use_cache=False).logits.float()
-
-
-def _relative_rms(difference: Tensor, of: Tensor) -> float:
-    return (difference.square().mean().sqrt() / of.square().mean().sqrt()).item()
