@@ -187,8 +187,18 @@ def build_model(base: str, config: Config) -> Any:
         enable({"use_reentrant": config.use_reentrant_gc})  # the first name came with transformers 5.2x
         if config.use_reentrant_gc:
             model.enable_input_require_grads()  # re-entrant autograd needs an input that requires grad
+        else:
+            _without_input_gradient(model)  # PEFT would forget these hooks and set its own
     model = prepare_method(model, base, config)
+    if config.checkpointing and not config.use_reentrant_gc:
+        _without_input_gradient(model)
     return model if config.quantization_bit else model.to(pick_device(config))
+
+
+def _without_input_gradient(model: Any) -> None:
+    """Undo what transformers' switch and PEFT do for re-entrant checkpointing: where the embeddings' output requires a
+    gradient, frozen first layers are kept for backward, and run backward, for nothing."""
+    (model.get_base_model() if hasattr(model, "peft_config") else model).disable_input_require_grads()
 
 
 def _check_readable(model: PreTrainedModel, config: Config) -> None:

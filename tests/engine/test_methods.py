@@ -95,6 +95,15 @@ def test_freeze_selects_parts_of_layers(build):
         build(**keys, freeze_extra_modules="head")
 
 
+@pytest.mark.parametrize("method", ["lora", "freeze"])
+def test_checkpointing_asks_no_gradient_of_frozen_embeddings(build, method):
+    """Frozen first layers would be kept and run backward. Re-entrant checkpointing needs it."""
+    keys = {"finetuning_type": method, "disable_gradient_checkpointing": False}
+    assert not build(**keys)[0].get_input_embeddings()(IDS).requires_grad
+    if method == "lora":
+        assert build(use_reentrant_gc=True, **keys)[0].get_input_embeddings()(IDS).requires_grad
+
+
 def test_summary_counts_what_is_trained(build):
     model, _ = build(finetuning_type="freeze", freeze_trainable_layers=1, freeze_trainable_modules="mlp")
     total, count = sum(p.numel() for p in model.parameters()), 3 * 24 * 40
