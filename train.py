@@ -28,6 +28,7 @@ def train(config: Config) -> int:
 
     from fuselora.engine import distributed, output
     from fuselora.engine.data import check_sources, first_example, load_data
+    from fuselora.engine.isolation import check_apart
     from fuselora.engine.loop_evaluate import said
     from fuselora.engine.memory_run import announce
     from fuselora.engine.methods import trainable_summary
@@ -59,6 +60,7 @@ def train(config: Config) -> int:
     print(trainable_summary(model))
     if config.fuse:
         _fuse(model, config)
+    check_apart(model, config, tokenizer.pad_token_id)
 
     trainer = Trainer(
         model, data.train, data.held_out, config, pad_id=tokenizer.pad_token_id, world=world, callbacks=[reporting]

@@ -10,6 +10,7 @@ so padding costs nothing and documents are apart without a mask. Where the borde
     generation with a cache        rows, whose last tokens are the queries
 
 Borders that had to be found are kept by the tensor they came from, so the layers of a model find them once.
+Attention sinks, biases and values of another width than the keys are refused, as these functions would drop them.
 Functions follow transformers' attention interface: query [B, H, S, D], key, value [B, K, Sk, D] -> [B, S, H, D].
 """
 
@@ -74,6 +75,7 @@ def bordered_attention(
     """
     if softcap is not None:
         raise expected("flash_attn", "an attention with soft-capping", "one without", "choose disabled, fa2 or flex")
+    _refuse_more(query, value, kwargs)
     batch, heads, length, width = query.shape
     borders = borders_of(batch, length, key.shape[2], attention_mask, kwargs)
     q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], width) for x in (query, key, value))
@@ -85,6 +87,14 @@ def bordered_attention(
     if borders.real_queries is not None:
         out = out.new_zeros(batch * length, heads, width).index_copy(0, borders.real_queries, out)
     return out.view(batch, length, heads, width), None
+
+
+def _refuse_more(query: Tensor, value: Tensor, options: dict[str, Any]) -> None:
+    """Raise UserError for what is more than softmax(scale Q K^T) V on intervals of keys."""
+    found = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
+    if found or query.shape[-1] != value.shape[-1]:
+        got = " and ".join(found) or f"values of {value.shape[-1]} channels under keys of {query.shape[-1]}"
+        raise expected("flash_attn", "plain attention on heads of one width", got, "choose auto or disabled")
 
 
 def borders_of(batch: int, length: int, keys: int, mask: Tensor | None, given: dict[str, Any]) -> Borders:
@@ -203,6 +213,7 @@ def native_attention(
         raise expected(
             "flash_attn", "an attention with dropout", "native", "choose sdpa, or set attention_dropout to 0"
         )
+    _refuse_more(query, value, kwargs)
     batch, length, keys = query.shape[0], query.shape[2], key.shape[2]
     causal = module.is_causal if is_causal is None else is_causal
     ranges = None

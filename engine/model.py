@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fuselora.engine import attention_dispatch, longlora, quickstart
+from fuselora.engine import attention_dispatch, quickstart
 from fuselora.engine.base_name import MAIN, MODEL_FILE, check_name
 from fuselora.engine.chat_templates import set_template
 from fuselora.engine.config import Config
@@ -136,7 +136,7 @@ def base_config(base: str, config: Config) -> PreTrainedConfig:
 def attention_of(config: Config, model_config: PreTrainedConfig, dtype: torch.dtype) -> str | None:
     """The attention of the run by transformers' name, None for transformers' own choice."""
     if config.shift_attn:
-        return longlora.register(longlora.group_size(config.cutoff_len))
+        return attention_dispatch.shifted(model_config, config.cutoff_len)
     return attention_dispatch.implementation(config.flash_attn, model_config, pick_device(config), dtype)
 
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from tests.support.models import SIZES, batch, lora_model, packed_batch
+from tests.support.models import FAMILIES, SIZES, base_model, batch, lora_model, packed_batch
 from tests.support.twins import SMALL
 from transformers import AutoConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
@@ -287,9 +287,33 @@ def test_what_is_chosen(monkeypatch):
         ("xformers", "gemma2", {}, CUDA, torch.bfloat16, "choose auto or one of disabled, fa2, fa3, flex"),
         ("sdpa", "gemma2", {}, CPU, torch.float32, "soft-capping, which this model has, got sdpa, but it has none"),
         ("flex", "llama", {"attention_dropout": 0.1}, CUDA, torch.bfloat16, "dropout, which this model's config"),
+        ("native", "gpt2", {}, CPU, torch.float32, "dropout, which this model's config"),
         ("varlen", "llama", {"head_dim": 512}, CUDA, torch.bfloat16, "heads of at most 256 channels, got varlen"),
         ("varlen", "llama4_text", {"attention_chunk_size": 64}, CUDA, torch.bfloat16, "attention in chunks"),
         ("fa3", "llama", {}, CUDA, torch.bfloat16, "GPU of compute capability 9"),
+        (
+            "native",
+            "gpt_oss",
+            {},
+            CPU,
+            torch.float32,
+            "native, but GptOssForCausalLM has no sdpa; choose auto or disab",
+        ),
+        ("sdpa", "gpt_oss", {}, CPU, torch.float32, "expected an attention that the model's code supports, got sdpa"),
+        ("varlen", "gpt_oss", {}, CUDA, torch.bfloat16, "GptOssForCausalLM has no sdpa"),
+        ("native", "doge", {}, CPU, torch.float32, "DogeForCausalLM has no flash_attn"),
+        ("native", "falcon", {}, CPU, torch.float32, "FalconForCausalLM has no attention by name"),
+        (
+            "native",
+            "bloom",
+            {},
+            CPU,
+            torch.float32,
+            "BloomForCausalLM has no sdpa and no flash_attn and no attention by",
+        ),
+        ("native", "deepseek_v3", {}, CPU, torch.float32, "keys and values of this model differ in theirs"),
+        ("flex", "bloom", {}, CUDA, torch.bfloat16, "BloomForCausalLM has no flex_attn"),
+        ("fa2", "llama4_text", {}, CUDA, torch.bfloat16, "Llama4ForCausalLM has no flash_attn"),
     ],
 )
 def test_refusals(monkeypatch, key, family, keys, device, dtype, words):
@@ -298,6 +322,55 @@ def test_refusals(monkeypatch, key, family, keys, device, dtype, words):
     with pytest.raises(UserError, match="^flash_attn: expected") as caught:
         implementation(key, config_of(family, **keys), device, dtype)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("extra", [{"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}, "narrow values"])
+def test_what_would_be_dropped_is_refused(bordered, extra):
+    """Code from a hub can't be asked what it supports."""
+    attention_dispatch.register(KINDS["native"])
+    q, k, v, *_ = inputs("plain", False)
+    given = extra if isinstance(extra, dict) else {}
+    v = v if given else v[..., :6]
+    words = next(iter(given), "values of 6 channels under keys of 8")
+    for name in ("fuselora_native", bordered):
+        with pytest.raises(UserError, match=f"flash_attn: expected plain attention on heads of one width, got {words}"):
+            ALL_ATTENTION_FUNCTIONS[name](Module(name), q, k, v, None, **given)
+
+
+EVERY_FAMILY = {
+    **{family: {} for family in FAMILIES},
+    "vaultgemma": {"head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 3.0},
+    "gpt_oss": {"head_dim": 12, "sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 2},
+    "starcoder2": {"sliding_window": 5},
+    "olmo3": {"sliding_window": 5},
+    "cohere2": {"sliding_window": 5},
+    "bloom": {},
+    "gpt2": {},
+    "llama4_text": {"head_dim": 12, "attention_chunk_size": 5, "num_local_experts": 2, "intermediate_size_mlp": 32},
+}
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_a_value_computes_the_model_or_is_refused(family):
+    """No value of the key drops a window, a soft-cap, a sink or a bias: eager attention is the definition."""
+    eager = base_model(family, attn_implementation="eager", **EVERY_FAMILY[family]).eval()
+    padded = batch(2, 13, pad="right")
+    real = padded["attention_mask"].bool()
+    refused = set()
+    with torch.no_grad():
+        expected = eager(**padded, use_cache=False).logits[real]
+        for key in CHOICES:
+            try:
+                name = implementation(key, eager.config, CPU, torch.float32)
+            except UserError:
+                refused.add(key)
+                continue
+            model = base_model(family, attn_implementation=name, **EVERY_FAMILY[family]).eval()
+            got = model(**padded, use_cache=False).logits[real]
+            torch.testing.assert_close(got, expected, rtol=0, atol=5e-5, msg=lambda m, key=key: f"{key}: {m}")
+    few = {"gpt_oss": {"sdpa", "native"}, "bloom": {"sdpa", "native"}, "llama4_text": {"native"}, "gpt2": {"native"}}
+    few |= {family: {"sdpa"} for family in ("gemma2", "vaultgemma")}
+    assert refused == {"fa2", "fa3", "flex", "varlen", "xformers"} | few.get(family, set())
 
 
 @pytest.mark.parametrize("key", ["fa2", "fa3", "xformers"])

@@ -7,8 +7,9 @@ import torch
 from tests.support.models import batch, lora_model, packed_batch
 from tests.support.parity import assert_all_fused
 from tests.support.twins import SMALL, twins_of
+from transformers import AutoConfig
 
-from fuselora.engine import longlora
+from fuselora.engine import attention_dispatch, longlora
 from fuselora.engine.data import load_data
 from fuselora.engine.errors import UserError
 from fuselora.engine.model import build_model
@@ -140,6 +141,16 @@ def test_rows_that_do_not_divide():
         longlora.group_size(20)
     with pytest.raises(ValueError, match="group: expected an even number of tokens, got 3"):
         longlora.register(3)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "bloom"])
+def test_a_model_with_more_than_plain_attention_is_refused(family):
+    """Attention sinks and position biases, which the groups would drop."""
+    with pytest.raises(
+        UserError, match=r"shift_attn: expected an attention that the model's code supports, got \w+ has"
+    ):
+        attention_dispatch.shifted(AutoConfig.for_model(family), 64)
+    assert attention_dispatch.shifted(AutoConfig.for_model("gemma2"), 64) == "fuselora_shifted_16"
 
 
 def test_only_own_names_are_registered():
