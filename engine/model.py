@@ -116,6 +116,8 @@ def load_base(base: str, config: Config, dtype: torch.dtype) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise _unloadable("model", base, error) from error
+    if quantization is not None and pick_device(config).type == "cpu":
+        _leave_file(model)
     follow_length(model)
     if base != config.model_name_or_path and not Path(config.model_name_or_path).expanduser().is_dir():
         if config.model_name_or_path != quickstart.NAME:
@@ -163,6 +165,14 @@ def quantization_config(config: Config, dtype: torch.dtype) -> BitsAndBytesConfi
         bnb_4bit_quant_type=config.quantization_type,
         bnb_4bit_use_double_quant=config.double_quantization,
     )
+
+
+def _leave_file(model: PreTrainedModel) -> None:
+    """Memory of their own for weights that were not quantised: transformers maps the file they are in, and one of them
+    keeps all its dense pages resident."""
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.clone()
 
 
 def build_model(base: str, config: Config) -> Any:
