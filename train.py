@@ -15,6 +15,7 @@ from typing import Any
 from fuselora.engine.base_name import check_names
 from fuselora.engine.config import Config, read_config
 from fuselora.engine.config_docs import config_help
+from fuselora.engine.config_files import check_files
 from fuselora.engine.errors import UserError, run_command
 
 
@@ -122,6 +123,7 @@ def main(arguments: list[str]) -> int:
 def _read_and_train(arguments: list[str]) -> int:
     config, sorting = read_config(arguments)
     check_names(config)
+    check_files(config)
     from fuselora.engine.distributed import relaunch
 
     relaunch(arguments)

@@ -37,17 +37,24 @@ FAMILIES = {
 }
 
 
+def template_file(template: str) -> Path | None:
+    """The file that ``template`` names; None if it is a name of another kind."""
+    path = Path(template).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix == ".jinja" or len(path.parts) > 1:
+        want = "a file with a Jinja chat template, or a name"
+        raise expected("template", want, f"{template!r}, which is not a file", "check the path")
+    return None
+
+
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
     """Give ``tokenizer`` the template that ``template`` asks for. Returns one line that says which it has now."""
     if template is None:
         return "chat template: the tokenizer's own" if tokenizer.chat_template else "chat template: none"
-    path = Path(template).expanduser()
-    if path.is_file():
+    if (path := template_file(template)) is not None:
         tokenizer.chat_template = path.read_text(encoding="utf-8")
         return f"chat template: {path}"
-    if path.suffix == ".jinja" or len(path.parts) > 1:
-        want = "a file with a Jinja chat template, or a name"
-        raise expected("template", want, f"{template!r}, which is not a file", "check the path")
     if template in FORMATS:
         tokenizer.chat_template = shipped(template)
         return f"chat template: the format {template}"

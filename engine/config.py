@@ -151,6 +151,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # which the parser refuses
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"key {key_node.value!r} given twice", problem_mark=key_node.start_mark

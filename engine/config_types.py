@@ -6,11 +6,12 @@ import json
 import types
 import typing
 from dataclasses import Field
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fuselora.engine.errors import expected
+from fuselora.engine.errors import expected, first_line
 
 
 def coerce(f: Field[Any], hint: Any, value: Any) -> Any:
@@ -67,6 +68,22 @@ def _mapping(value: Any, *, pairs: bool) -> dict[str, Any] | None:
         except json.JSONDecodeError:
             return None
     return value if isinstance(value, dict) else None
+
+
+def json_mapping(key: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """The mapping that ``value`` is, or that the JSON file of that name holds; without one an empty one."""
+    if not isinstance(value, str):
+        return value or {}
+    path = Path(value).expanduser()
+    if not path.is_file():
+        raise expected(key, "a mapping or a JSON file", f"{value!r}, which is not a file", "check the path")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise expected(key, f"JSON in {path}", first_line(error), "correct the file") from error
+    if not isinstance(found, dict):
+        raise expected(key, f"a JSON object in {path}", f"a {type(found).__name__}", "correct the file")
+    return found
 
 
 def type_words(hint: Any) -> str:

@@ -13,14 +13,12 @@ gradients therefore equal those of one process to rounding.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 
 from fuselora.engine import zero_config
 from fuselora.engine.config import Config
+from fuselora.engine.config_types import json_mapping
 from fuselora.engine.errors import expected
 
 SHARDING = {"full_shard": True, "shard_grad_op": False}  # whether weights are given back between forward and backward
@@ -166,13 +165,7 @@ def sharding(config: Config) -> bool | None:
         if word not in (*SHARDING, "auto_wrap"):
             raise expected("fsdp", "full_shard or shard_grad_op", repr(word), "choose one of those")
     reshard = next((SHARDING[word] for word in words if word in SHARDING), True)
-    options = config.fsdp_config
-    if isinstance(options, str):
-        path = Path(options).expanduser()
-        if not path.is_file():
-            raise expected("fsdp_config", "a JSON file", f"{options!r}, which is not a file", "check the path")
-        options = json.loads(path.read_text(encoding="utf-8"))
-    return bool((options or {}).get("reshard_after_forward", reshard))
+    return bool(json_mapping("fsdp_config", config.fsdp_config).get("reshard_after_forward", reshard))
 
 
 def shard(model: nn.Module, world: World, reshard: bool) -> None:

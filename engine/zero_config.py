@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from pathlib import Path
 from typing import Any
 
 from fuselora.engine.config import Config
-from fuselora.engine.errors import expected, first_line
+from fuselora.engine.config_types import json_mapping
+from fuselora.engine.errors import expected
 
 OPTIMIZERS = ("auto", "adamw_torch", "adamw_torch_fused", "sgd")  # whose states have their weight's shape
 SILENT = 1 << 62  # steps between DeepSpeed's own reports
@@ -30,16 +30,8 @@ def read(config: Config) -> dict[str, Any] | None:
     """
     if not config.deepspeed:
         return None
-    given = config.deepspeed
-    if isinstance(given, str):
-        path = Path(given).expanduser()
-        if not path.is_file():
-            raise expected("deepspeed", "a mapping or a JSON file", f"{given!r}, which is not a file", "check the path")
-        try:
-            given = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise expected("deepspeed", f"JSON in {path}", first_line(error), "correct the file") from error
-    zero = given.get("zero_optimization", {}) if isinstance(given, dict) else None
+    given = json_mapping("deepspeed", config.deepspeed)
+    zero = given.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise expected("deepspeed", "zero_optimization with a stage of 0 to 3", repr(zero), "correct it")
     if zero.get("stage", 0) == 0:
