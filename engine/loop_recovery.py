@@ -21,7 +21,6 @@ from torch import nn
 from fuselora.engine import checkpoint, loop_faults
 from fuselora.engine.checkpoint_state import restore_torch_generators
 from fuselora.engine.errors import UserError
-from fuselora.engine.loop_best import Best
 from fuselora.engine.loop_data import StepPlan, row_numbers, share
 from fuselora.engine.loop_faults import MAX_ROLLBACKS, MAX_SKIPPED, FiniteGuard
 
@@ -58,10 +57,7 @@ def roll_back(trainer: Trainer, why: str) -> None:
         trainer.log.show(f"{why}: left out, there is no checkpoint to go back to yet; {times}")
         return
     state = checkpoint.load_checkpoint(folder, trainer.model, trainer.optimizer, trainer.identity, trainer.world)
-    trainer.best = Best(**state["best"])
-    trainer.schedule.restore(state.get("schedule"))
-    if trainer.stepper.scaler is not None and state["scaler"]:
-        trainer.stepper.scaler.load_state_dict(state["scaler"])
+    trainer.restore_judgement(state)
     trainer.log.record(trainer.step, rolled_back_to=state["step"], epoch=trainer.epoch)
     trainer.log.show(
         f"{why}: back to {folder}; the batches of steps {state['step'] + 1} to {trainer.step} are left out; {times}"

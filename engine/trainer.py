@@ -125,15 +125,19 @@ class Trainer:
         state = checkpoint.load_checkpoint(folder, self.model, self.optimizer, self.identity, self.world)
         self.step, self.last_checkpoint, self.resumed = state["step"], folder, True
         self.window.restore(state["window"])
-        self.best = Best(**state["best"])
+        self.restore_judgement(state)
         self.micro_size = min(self.micro_size, state["micro_size"])
         self.rollbacks = state.get("rollbacks", 0)
         self.data.restore(state["data"])
-        self.schedule.restore(state.get("schedule"))
         self.evaluation_due = state.get("evaluation_due", False)
+        print(f"resumed from {folder} at step {self.step}/{self.total_steps}", flush=True)
+
+    def restore_judgement(self, state: dict[str, Any]) -> None:
+        """What a checkpoint's evaluations and losses had led to: best, learning rates, the scale of fp16 losses."""
+        self.best = Best(**state["best"])
+        self.schedule.restore(state.get("schedule"))
         if self.stepper.scaler is not None and state["scaler"]:
             self.stepper.scaler.load_state_dict(state["scaler"])
-        print(f"resumed from {folder} at step {self.step}/{self.total_steps}", flush=True)
 
     def fit(self) -> int:
         """Train to the end or to a signal. Returns 0, or the number of the signal that stopped the run."""
