@@ -16,7 +16,7 @@ the names of transformers' ``FlashAttentionKwargs``, made once per batch on the 
 for them.
 
 Shapes: input_ids, labels, position_ids int64 [rows, longest row]; cu_seq_lens_q and _k int32 [documents + 1], over the
-flattened batch with the fill of each row as a document of its own; max_length_q and _k Python integers.
+flattened batch with the fill of each row as documents of their own; max_length_q and _k Python integers.
 Cost of a dense mask, where an attention needs one, is rows x longest row ** 2, never more than that of padded rows as
 long; ``padding_free`` makes one row of a micro-batch, best with attention that takes borders.
 Source: best-fit decreasing, Johnson 1974: at most 11/9 of the fewest rows, plus 4.
@@ -217,9 +217,9 @@ def collate_packs(packs: Sequence[Pack], pad_id: int, multiple_of: int = 1) -> d
     """Packs as rows of equal length; see the module docstring for what is in the batch."""
     longest = max(len(pack.input_ids) for pack in packs)
     longest += -longest % multiple_of
-    lengths = [[*pack.lengths, longest - len(pack.input_ids)] for pack in packs]
-    borders = torch.tensor([0, *accumulate(n for row in lengths for n in row if n)], dtype=torch.int32)
-    longest_document = max(n for row in lengths for n in row)
+    longest_document = max(chain.from_iterable(pack.lengths for pack in packs))
+    lengths = [[*pack.lengths, *_pieces(longest - len(pack.input_ids), longest_document)] for pack in packs]
+    borders = torch.tensor([0, *accumulate(chain.from_iterable(lengths))], dtype=torch.int32)
 
     def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
         return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
@@ -234,3 +234,8 @@ def collate_packs(packs: Sequence[Pack], pad_id: int, multiple_of: int = 1) -> d
         "max_length_k": longest_document,
         "use_cache": False,
     }
+
+
+def _pieces(fill: int, longest: int) -> list[int]:
+    """The fill of a row as documents no longer than the batch's longest, which dynamic NTK and longrope go by."""
+    return [min(longest, fill - start) for start in range(0, fill, longest)]

@@ -100,10 +100,21 @@ def test_batch_layout():
     batch = packing.Collator(1, CPU, multiple_of=3)(packs)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1], [4, 1, 1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[IGNORE, IGNORE, 7, IGNORE, 9, IGNORE], [IGNORE] * 6]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]]
-    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 6, 7, 12] and batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 0, 1]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 6, 7, 10, 12] and batch["cu_seq_lens_q"].dtype == torch.int32
     assert batch["cu_seq_lens_k"] is batch["cu_seq_lens_q"]
-    assert (batch["max_length_q"], batch["max_length_k"]) == (5, 5) and "attention_mask" not in batch
+    assert (batch["max_length_q"], batch["max_length_k"]) == (3, 3) and "attention_mask" not in batch
+
+
+def test_fill_changes_no_frequencies():
+    """Dynamic NTK goes by the longest document of the batch; fill that is longer than any would count as one."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = lora_model("llama", rope_parameters=rope, max_position_embeddings=16, **SMALL)
+    examples = examples_of((12, 12, 12, 4))
+    alone = model(**packing.Collator(0, CPU)([packing.join(examples[3:])])).logits[0]
+    filled = packing.Collator(0, CPU)([packing.join(examples[:3]), packing.join(examples[3:])])
+    assert filled["position_ids"].max() == 11
+    torch.testing.assert_close(model(**filled).logits[1, :4], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_borders_are_those_transformers_finds_in_the_positions():

@@ -32,6 +32,21 @@ def test_two_processes_equal_one(run, keys, patch):
     assert_equal_runs(one, two)
 
 
+def one_step_per_epoch(trainer):
+    assert trainer.steps_per_epoch == 1 and 2 < len(trainer.data.units) < 18
+
+
+@pytest.mark.parametrize("keys", [{}, {"fsdp": "full_shard"}], ids=["ddp", "fsdp2"])
+def test_packed_rows_of_two_processes_equal_padded_rows_of_one(run, keys):
+    """A step is an epoch in both, so each sees the same examples; accumulation and ragged shares included."""
+    short = {"max_steps": 4, "val_size": 6, "cutoff_len": 96}
+    padded = run(1, "padded", patch=True, **short, per_device_train_batch_size=18)
+    rows = {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 9}
+    packed = run(2, "packed", patch=True, look=one_step_per_epoch, **short, **keys, **rows)
+    assert losses(packed[0]) == pytest.approx(losses(padded[0]), rel=2e-6)
+    torch.testing.assert_close(packed[1], padded[1], rtol=1e-3, atol=2e-5)
+
+
 @pytest.mark.parametrize("keys", [{}, {"fsdp": "full_shard"}], ids=str)
 def test_4bit_base(run, keys):
     """QLoRA: FSDP2 shards the bytes of the 4-bit weights and gathers them for fused blocks, which none decline."""
