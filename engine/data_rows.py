@@ -7,8 +7,9 @@
     parquet, arrow (stream or file)                             file:row, from 1
 
 A ``.gz`` after json, jsonl, csv or txt is unpacked on the way. Line formats are read line by line; a JSON list is read
-whole. A line that can't be read comes as a ``BadRow`` in its place, so that the caller can stop or count it; damage
-that hides the rest of a file (a broken JSON list, a truncated archive) is raised.
+whole. A row that can't be read comes as a ``BadRow`` in its place, so that the caller can stop or count it: broken JSON
+on a line, a key twice, bytes or escapes that are no text, a record of other columns. Damage that hides the rest of a
+file (a broken JSON list, a quote that is never closed, a truncated archive) is raised.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import csv
 import gzip
 import itertools
 import json
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,8 @@ PACKED = tuple(f"{suffix}.gz" for suffix in SUFFIXES[:4])
 
 # What the JSON parser raises: JSONDecodeError is a ValueError, as is an integer beyond Python's limit of digits.
 UNPARSABLE = (ValueError, RecursionError)
+ESCAPES = ("\\ud", "\\uD")  # of halves of characters, which are no text alone
+END = "\0end\0"  # after the last line of a CSV file: inside a quote it is one that is never closed
 
 
 class BadRow(UserError):
@@ -47,21 +51,28 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
     Raises:
         UserError: the file can't be read to its end.
     """
-    name = path.name.removesuffix(".gz")
+    read = str(path)
     try:
-        if name.endswith((".parquet", ".arrow")):
-            yield from _arrow_rows(path)
-        elif name.endswith(".csv"):
-            yield from _csv_rows(path)
-        elif name.endswith(".txt"):
-            for place, line in _lines(path):
-                yield place, {"text": line} if isinstance(line, str) else line
-        elif name.endswith(".json") and _first_character(path) == "[":
-            yield from _list_rows(path, _whole_text(path))
-        else:
-            yield from _json_lines(path)
+        for place, row in _rows(path):
+            read = f"{place}, after that row"
+            yield place, row
     except (OSError, EOFError, zlib.error) as error:
-        raise expected(str(path), "a whole file", first_line(error), "write it again") from error
+        raise expected(read, "a whole file", first_line(error), "write it again") from error
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
+    name = path.name.removesuffix(".gz")
+    if name.endswith((".parquet", ".arrow")):
+        yield from _arrow_rows(path)
+    elif name.endswith(".csv"):
+        yield from _csv_rows(path)
+    elif name.endswith(".txt"):
+        for place, line in _lines(path):
+            yield place, {"text": line} if isinstance(line, str) else line
+    elif name.endswith(".json") and _first_character(path) == "[":
+        yield from _list_rows(path, _whole_text(path))
+    else:
+        yield from _json_lines(path)
 
 
 def _open(path: Path) -> gzip.GzipFile | IO[bytes]:
@@ -82,19 +93,59 @@ def _lines(path: Path) -> Iterator[tuple[str, str | BadRow]]:
                 yield place, text
 
 
+class _Parser:
+    """JSON whose objects have every key once: json.loads would let the last of two win."""
+
+    def __init__(self) -> None:
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._pairs)
+        self._twice: str | None = None
+
+    def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            self._twice = next(key for key in keys if keys.count(key) > 1)
+        return found
+
+    def row(self, text: str, place: str, start: int = 0) -> tuple[Row | BadRow, int]:
+        """The row at ``start`` and where it ends; ``UNPARSABLE`` without a JSON value there."""
+        self._twice = None
+        value, end = self._decoder.raw_decode(text, start)
+        if not isinstance(value, dict):
+            return _bad(place, "a JSON object", f"a {type(value).__name__}", "correct the row"), end
+        if self._twice is not None:
+            return _bad(place, "every key once", f"{self._twice!r} twice", "correct the row"), end
+        if any(escape in text[start:end] for escape in ESCAPES) and not _is_text(json.dumps(value, ensure_ascii=False)):
+            return _bad(place, "text", "half of a character (a lone surrogate)", "write the file again"), end
+        return value, end
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _json_lines(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
+    parser = _Parser()
     for place, line in _lines(path):
         if isinstance(line, BadRow):
             yield place, line
             continue
+        text = line.strip()
         try:
-            yield place, _object(json.loads(line), place)
+            row, end = parser.row(text, place)
+            if text[end:].strip():
+                raise json.JSONDecodeError("Extra data", text, end)
+            yield place, row
         except UNPARSABLE as error:
             yield place, _bad(place, "one JSON object per line", problem(error), "correct the line")
 
 
 def _list_rows(path: Path, text: str) -> Iterator[tuple[str, Row | BadRow]]:
-    decoder, line, counted, more = json.JSONDecoder(), 1, 0, False
+    parser, line, counted, more = _Parser(), 1, 0, False
     position = text.index("[") + 1
     while True:
         position = _skip_blank(text, position)
@@ -105,11 +156,11 @@ def _list_rows(path: Path, text: str) -> Iterator[tuple[str, Row | BadRow]]:
                 raise expected(place, "the end of the file", "text after the closing ]", "correct the file")
             return
         try:
-            row, position = decoder.raw_decode(text, position)
+            row, position = parser.row(text, place, position)
         except UNPARSABLE as error:
             at = getattr(error, "lineno", line)
             raise expected(f"{path}:{at}", "a JSON list of objects", problem(error), "correct the file") from error
-        yield place, _object(row, place)
+        yield place, row
         position = _skip_blank(text, position)
         more = text[position : position + 1] == ","
         if not more and text[position : position + 1] != "]":
@@ -120,24 +171,41 @@ def _list_rows(path: Path, text: str) -> Iterator[tuple[str, Row | BadRow]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
     """Records may span lines inside quotes; empty fields are absent columns."""
+    csv.field_size_limit(sys.maxsize)  # of the process; 128 KiB otherwise
     with _open(path) as file:
-        reader = csv.reader(line.decode("utf-8-sig") for line in file)
+        lines = (line.decode("utf-8" if i else "utf-8-sig", "surrogateescape") for i, line in enumerate(file))
+        reader = csv.reader(itertools.chain(lines, [END]))
         try:
-            header = next(reader, [])
-            while True:
+            header = next(reader)
+            _check_header(path, header)
+            while header != [END]:
                 place = f"{path}:{reader.line_num + 1}"
-                record = next(reader, None)
-                if record is None:
+                record = next(reader)
+                if record == [END]:
                     return
-                if len(record) == len(header):
-                    yield place, {name: value for name, value in zip(header, record, strict=True) if value}
-                elif record:
-                    yield place, _bad(place, f"{len(header)} fields", len(record), "quote commas and line breaks")
-        except UnicodeDecodeError as error:
-            place = f"{path}:{reader.line_num + 1}"
-            raise _not_utf8(place, error) from error
+                if any(END in field for field in record):
+                    raise expected(place, "a closing quote", "the end of the file", "close it")
+                if record:
+                    yield place, _record(header, record, place)
         except csv.Error as error:
             raise expected(f"{path}:{reader.line_num}", "CSV", first_line(error), "correct the file") from error
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise expected(f"{path}:1", "every column once", f"{twice!r} twice", "rename one")
+    if not _is_text("".join(header)):
+        raise expected(f"{path}:1", "UTF-8 text", "other bytes", "convert the file")
+
+
+def _record(header: list[str], record: list[str], place: str) -> Row | BadRow:
+    if len(record) != len(header):
+        return _bad(place, f"{len(header)} fields", len(record), "quote commas and line breaks")
+    if not _is_text("".join(record)):
+        byte = next(ord(letter) & 0xFF for letter in "".join(record) if 0xDC80 <= ord(letter) <= 0xDCFF)
+        return _bad(place, "UTF-8 text", f"byte 0x{byte:02x}", "convert the file")
+    return {name: value for name, value in zip(header, record, strict=True) if value}
 
 
 def _arrow_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
@@ -152,11 +220,28 @@ def _arrow_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
     number = itertools.count(1)
     try:
         for batch in _arrow_batches(path, pyarrow):
-            for row in batch.to_pylist():
+            for row in _whole_rows(batch, pyarrow):
                 place = f"{path}:{next(number)}"
-                yield place, row
-    except pyarrow.ArrowInvalid as error:
+                yield place, _bad(place, "a whole row", row, "write the file again") if isinstance(row, str) else row
+    except pyarrow.ArrowException as error:
         raise expected(str(path), f"a whole {path.suffix[1:]} file", first_line(error), "write it again") from error
+
+
+def _whole_rows(batch: Any, pyarrow: Any) -> Iterator[Row | str]:
+    """The rows of a batch, or what is wrong with one: damaged lengths or bytes that are no text crash their reading."""
+    try:
+        batch.validate(full=True)
+    except pyarrow.ArrowInvalid:
+        parts = [batch.slice(i, 1) for i in range(len(batch))]
+    else:
+        yield from batch.to_pylist()
+        return
+    for part in parts:
+        try:
+            part.validate(full=True)
+            yield part.to_pylist()[0]
+        except pyarrow.ArrowInvalid as error:
+            yield first_line(error)
 
 
 def _arrow_batches(path: Path, pyarrow: Any) -> Iterator[Any]:
@@ -207,10 +292,6 @@ def _skip_blank(text: str, position: int) -> int:
     while text[position : position + 1] in (" ", "\t", "\r", "\n"):
         position += 1
     return position
-
-
-def _object(row: Any, place: str) -> Row | BadRow:
-    return row if isinstance(row, dict) else _bad(place, "a JSON object", f"a {type(row).__name__}", "correct the row")
 
 
 def _not_utf8(place: str, error: UnicodeDecodeError) -> BadRow:
