@@ -55,6 +55,20 @@ struct Work {
                                    : reinterpret_cast<E*>(dscores + 2 * kKeys * kQueries)) {}
 };
 
+// x . y of sixteen queries, [depth words, kQueries] each, summed as dP^T is: where a query sees one key, so that its
+// output is that key's value, dP - delta is exactly zero, as in stock.
+template <class E>
+Vec dots(int64_t depth, const float* x, const float* y) {
+  Vec sum = splat(0.f);
+  for (int64_t first = 0; first < depth; first += kSegment<E>) {
+    Vec part = splat(0.f);
+    for (int64_t k = first; k < smaller(first + kSegment<E>, depth); ++k)
+      part = dot<E>(part, load(x + k * kQueries, Full{}), load(y + k * kQueries, Full{}));
+    sum = first ? sum + part : part;
+  }
+  return sum;
+}
+
 template <class T, class E>
 void take_queries(const AttentionBwd& f, const Queries& to, int64_t b, int64_t head, int64_t q0) {
   const Attention& a = f.in;
@@ -62,17 +76,17 @@ void take_queries(const AttentionBwd& f, const Queries& to, int64_t b, int64_t h
   const int64_t row = a.heads * a.width, at = (b * a.length + q0) * row + head * a.width;
   const Rows<T> q = head_rows<T>(a.q, a.strides, b, head);
   const T *dout = static_cast<const T*>(f.dout) + at, *out = static_cast<const T*>(f.out) + at;
+  const float* lse = f.lse + (b * a.heads + head) * a.length + q0;
   pack_across<E>(q[q0], q.stride, count, a.width, to.q_across);
   pack_across<E>(dout, row, count, a.width, to.dout_across);
+  pack_across<E>(out, row, count, a.width, to.q_along);
+  for (int64_t lane = 0; lane < kQueries; lane += kLanes) {
+    const int64_t depth = lane < count ? words<E>(a.width) : 0;
+    store(to.delta + lane, dots<E>(depth, to.q_along + lane, to.dout_across + lane), Full{});
+  }
+  for (int64_t i = 0; i < kQueries; ++i) to.lse[i] = i < count ? lse[i] : 0;
   pack_along<E>(q[q0], q.stride, count, a.width, padded, to.q_along);
   pack_along<E>(dout, row, count, a.width, padded, to.dout_along);
-  const float* lse = f.lse + (b * a.heads + head) * a.length + q0;
-  for (int64_t i = 0; i < kQueries; ++i) {
-    to.lse[i] = i < count ? lse[i] : 0;
-    to.delta[i] = i >= count ? 0 : reduce(a.width, [&](Vec sum, int64_t j, auto lanes) {
-      return fma(load(dout + i * row + j, lanes), load(out + i * row + j, lanes), sum);
-    });
-  }
 }
 
 // Keys whose scores are taken at a time: S^T and dP^T of them stay in the L1 cache until P^T and dS^T are made.
