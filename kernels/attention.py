@@ -33,7 +33,7 @@ from . import checks, native
 from .attention_ranges import bounds, dense_mask, ranges_from_cu_seqlens
 from .attention_samples import function_samples, op_samples, workloads
 from .first_order import first_order
-from .registry import Cost, Sample, define, function, implement
+from .registry import Cost, Sample, define, function, implement, ops
 from .rms_norm import accumulator
 
 WIDEST = 512  # channels of a head whose tiles still fit an L2 cache
@@ -130,7 +130,7 @@ def _bwd_samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
 def _bwd_workloads(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     for sample in workloads(dtype, device):
         q, k, v, ranges, *rest = sample.args
-        out, lse = torch.ops.fuselora.attention(q, k, v, ranges, *rest)
+        out, lse = ops.attention(q, k, v, ranges, *rest)
         yield Sample(sample.name, (torch.randn_like(out), q, k, v, out, lse, ranges, *rest))
 
 
@@ -286,7 +286,7 @@ implement(ATTENTION_BWD, "cpu", _cpu_bwd, _cpu_bwd_supports)
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, ranges, *terms):
-        out, lse = torch.ops.fuselora.attention(q, k, v, ranges, *terms)
+        out, lse = ops.attention(q, k, v, ranges, *terms)
         ctx.save_for_backward(q, k, v, out, lse, ranges)
         ctx.terms = terms
         return out
@@ -294,7 +294,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dout):
-        grads = torch.ops.fuselora.attention_bwd(dout, *ctx.saved_tensors, *ctx.terms)
+        grads = ops.attention_bwd(dout, *ctx.saved_tensors, *ctx.terms)
         return *grads, None, None, None, None, None
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from . import checks
 from .cross_entropy_rows import SHAPES, TERMS, Terms, random_labels
 from .first_order import first_order
-from .registry import Sample, function
+from .registry import Sample, function, ops
 from .rms_norm import accumulator
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -39,7 +39,7 @@ REDUCTIONS = ("mean", "sum", "none")
 class _CrossEntropyRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, terms):
-        loss, lse = torch.ops.fuselora.cross_entropy_rows(logits, labels, *terms)
+        loss, lse = ops.cross_entropy_rows(logits, labels, *terms)
         ctx.save_for_backward(logits, labels, lse)
         ctx.terms = terms
         return loss
@@ -47,7 +47,7 @@ class _CrossEntropyRows(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dloss):
-        return torch.ops.fuselora.cross_entropy_rows_bwd(dloss, *ctx.saved_tensors, *ctx.terms), None, None
+        return ops.cross_entropy_rows_bwd(dloss, *ctx.saved_tensors, *ctx.terms), None, None
 
 
 def check_loss_arguments(

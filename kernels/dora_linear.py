@@ -54,7 +54,7 @@ from .lora import (
 from .lora_linear import check_projection, prepare_lora, rows, sample_projection, unrows
 from .lora_ops import cast
 from .nf4 import Quantized4bit
-from .registry import Sample, function
+from .registry import Sample, function, ops
 
 Needs = Sequence[bool]  # of weight, bias, a, b, seed, magnitude
 
@@ -67,7 +67,7 @@ class _DoRALinear(torch.autograd.Function):
         with no_autocast(x):
             x2 = rows(x).to(dtype)
             dense = weight if quantized is None else dense_weight(quantized, dtype)
-            norm = torch.ops.fuselora.dora_norm(dense, a, b, scaling)
+            norm = ops.dora_norm(dense, a, b, scaling)
             s, u, y = (_forward if p == 0.0 else _forward_dropped)(x2, dense, bias, lora, magnitude / norm)
             out = unrows(y, x)
         if quantized is not None:
@@ -106,8 +106,8 @@ def _forward(
     s = shrink(x, projections)
     (u,) = project(x, projections, s)
     if bias is None:
-        return s, u, torch.ops.fuselora.dora_scale(u, g, None, None)
-    return s, u, torch.ops.fuselora.dora_scale(u, g - 1.0, (1.0 - g) * bias, u)
+        return s, u, ops.dora_scale(u, g, None, None)
+    return s, u, ops.dora_scale(u, g - 1.0, (1.0 - g) * bias, u)
 
 
 def _backward(
@@ -123,9 +123,9 @@ def _backward(
 ) -> tuple[Any, ...]:
     """(dx, dW, dA, dB, dg) without dropout."""
     if u is None:
-        du, dg = torch.ops.fuselora.dora_scale(dy, g, None, None), None
+        du, dg = ops.dora_scale(dy, g, None, None), None
     else:
-        du, dg = torch.ops.fuselora.dora_scale_bwd(dy, u, g)
+        du, dg = ops.dora_scale_bwd(dy, u, g)
     need: Any = Projection(needs[0], None, LoRA(needs[2], needs[3]))  # type: ignore[arg-type]
     dx, (grads,) = projections_backward([du], x, [Projection(weight, None, lora)], s, [need], need_x)
     (adapter,) = adapters(grads.lora)
@@ -142,11 +142,11 @@ def _forward_dropped(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """(S, z, y) with dropout."""
     w = cast(weight, x.dtype)
-    dropped = torch.ops.fuselora.dropout(x, lora.seed, lora.p)
+    dropped = ops.dropout(x, lora.seed, lora.p)
     s = shrink(dropped, [Projection(weight, None, lora._replace(p=0.0, seed=None))])
     (base,) = project(x, [Projection(weight, bias, lora._replace(b=_scaled_rows(lora.b, g)))], s)
     z = torch.mm(dropped, w.t())
-    return s, z, torch.ops.fuselora.dora_scale(z, g - 1.0, None, base)
+    return s, z, ops.dora_scale(z, g - 1.0, None, base)
 
 
 def _backward_dropped(
@@ -161,7 +161,6 @@ def _backward_dropped(
     need_x: bool,
 ) -> tuple[Any, ...]:
     """(dx, dW, dA, dB, dg) with dropout."""
-    ops = torch.ops.fuselora
     if z is None:
         dz, dg = ops.dora_scale(dy, g - 1.0, None, None), None
     else:

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import checks
 from .first_order import first_order
 from .gpu.launch import lazy, refusal
-from .registry import Cost, Sample, define, function, implement
+from .registry import Cost, Sample, define, function, implement, ops
 
 MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -110,12 +110,12 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx, x, seed, p):
         ctx.save_for_backward(seed)
         ctx.p = p
-        return torch.ops.fuselora.dropout(x, seed, p)
+        return ops.dropout(x, seed, p)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        return torch.ops.fuselora.dropout(dy, *ctx.saved_tensors, ctx.p), None, None
+        return ops.dropout(dy, *ctx.saved_tensors, ctx.p), None, None
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:

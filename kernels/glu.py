@@ -27,7 +27,7 @@ from . import checks, native
 from .blocks import load, multiply, scratch_blocks
 from .first_order import first_order
 from .gpu.launch import lazy, refusal
-from .registry import Cost, Sample, define, function, implement
+from .registry import Cost, Sample, define, function, implement, ops
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 GELU_FORM = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -255,12 +255,12 @@ for _op in (GLU, GLU_BWD, GLU_PACKED_BWD):
 
 def glu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """act(gate) * up without autograd: the op, for blocks that write their own backward."""
-    return torch.ops.fuselora.glu(gate, up, act)
+    return ops.glu(gate, up, act)
 
 
 def glu_backward(dh: Tensor, gate: Tensor, up: Tensor, act: str, need_h: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(dgate, dup, h) for the gradient ``dh``; h is act(gate) * up again, or empty unless ``need_h``."""
-    return torch.ops.fuselora.glu_bwd(dh, gate, up, act, need_h)
+    return ops.glu_bwd(dh, gate, up, act, need_h)
 
 
 class _GLU(torch.autograd.Function):
@@ -268,12 +268,12 @@ class _GLU(torch.autograd.Function):
     def forward(ctx, gate, up, act):
         ctx.save_for_backward(gate, up)
         ctx.act = act
-        return torch.ops.fuselora.glu(gate, up, act)
+        return ops.glu(gate, up, act)
 
     @staticmethod
     @first_order
     def backward(ctx, dh):
-        dgate, dup, _ = torch.ops.fuselora.glu_bwd(dh, *ctx.saved_tensors, ctx.act, False)
+        dgate, dup, _ = ops.glu_bwd(dh, *ctx.saved_tensors, ctx.act, False)
         return dgate, dup, None
 
 
@@ -282,12 +282,12 @@ class _GLUPacked(torch.autograd.Function):
     def forward(ctx, gate_up, act):
         ctx.save_for_backward(gate_up)
         ctx.act = act
-        return torch.ops.fuselora.glu(*gate_up.chunk(2, -1), act)
+        return ops.glu(*gate_up.chunk(2, -1), act)
 
     @staticmethod
     @first_order
     def backward(ctx, dh):
-        return torch.ops.fuselora.glu_packed_bwd(dh, *ctx.saved_tensors, ctx.act, False)[0], None
+        return ops.glu_packed_bwd(dh, *ctx.saved_tensors, ctx.act, False)[0], None
 
 
 def glu(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:

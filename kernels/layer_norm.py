@@ -28,7 +28,7 @@ from . import checks
 from .first_order import first_order
 from .gpu.launch import lazy, refusal, sm_count
 from .gpu.norm_plan import partial_bytes
-from .registry import Cost, Sample, define, function, implement
+from .registry import Cost, Sample, define, function, implement, ops
 from .rms_norm import accumulator
 
 
@@ -161,7 +161,7 @@ implement(LAYER_NORM_BWD, "triton", lazy("norm_bwd", "layer_norm_bwd"), _triton_
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        y, mean, rstd = torch.ops.fuselora.layer_norm(x, weight, bias, eps)
+        y, mean, rstd = ops.layer_norm(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -171,7 +171,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
         need_dw, need_db = ctx.needs_input_grad[1:3]
-        dx, dw, db = torch.ops.fuselora.layer_norm_bwd(dy, x, weight, mean, rstd, need_dw, need_db)
+        dx, dw, db = ops.layer_norm_bwd(dy, x, weight, mean, rstd, need_dw, need_db)
         return dx, dw.to(weight.dtype) if need_dw else None, db.to(ctx.bias_dtype) if need_db else None, None
 
 

@@ -40,7 +40,7 @@ from .cross_entropy import (
 from .cross_entropy_rows import TERMS, Terms, random_labels
 from .first_order import first_order
 from .lora import compute_dtype, no_autocast
-from .registry import Sample, function
+from .registry import Sample, function, ops
 from .rms_norm import accumulator
 
 
@@ -50,7 +50,7 @@ class _Reduced(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, token_weights, divisor, terms, *options):
         with no_autocast(hidden):
-            loss, *grads = torch.ops.fuselora.linear_cross_entropy(
+            loss, *grads = ops.linear_cross_entropy(
                 hidden, weight, bias, labels, token_weights, *terms, *options, *ctx.needs_input_grad[:3]
             )
         ctx.save_for_backward(*grads, divisor)
@@ -71,7 +71,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, terms, chunk_tokens, max_valid, need_entropy):
         with no_autocast(hidden):
-            loss, lse, entropy = torch.ops.fuselora.linear_cross_entropy_rows(
+            loss, lse, entropy = ops.linear_cross_entropy_rows(
                 hidden, weight, bias, labels, *terms, chunk_tokens, max_valid, need_entropy
             )
         ctx.save_for_backward(hidden, weight, bias, labels, lse)
@@ -85,7 +85,7 @@ class _Rows(torch.autograd.Function):
         hidden, weight, bias, labels, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         with no_autocast(hidden):
-            grads = torch.ops.fuselora.linear_cross_entropy_rows_bwd(
+            grads = ops.linear_cross_entropy_rows_bwd(
                 dloss, dentropy if ctx.need_entropy else None, hidden, weight, bias, labels, lse, *ctx.options, *needs
             )
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None

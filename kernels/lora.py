@@ -36,6 +36,7 @@ from . import lora_4bit
 from .lora_ops import cast, columns, doubled, scaled_b, stacked
 from .matmul_4bit import MATMUL_4BIT
 from .nf4 import Quantized4bit
+from .registry import ops
 from .saving import recomputing, saving_is_free
 
 
@@ -106,7 +107,7 @@ def shrink(x: Tensor, projections: Sequence[Projection]) -> Tensor | None:
     if not loras:
         return None
     a, seeds = [lora.a for lora in loras], [lora.seed for lora in loras]
-    return torch.ops.fuselora.lora_shrink(x, a, seeds, [lora.p for lora in loras], [lora.split for lora in loras])
+    return ops.lora_shrink(x, a, seeds, [lora.p for lora in loras], [lora.split for lora in loras])
 
 
 def kept_weights(projections: Sequence[Projection], weights: Sequence[Tensor | None]) -> list[Tensor]:
@@ -120,7 +121,7 @@ def dense_weight(weight: Tensor | Quantized4bit, dtype: torch.dtype) -> Tensor:
     """The weight in the compute dtype. A 4-bit one is dequantised here, and again in backward unless it was kept
     (``kept_weights``): always kept, it would take the memory that quantisation saved."""
     if isinstance(weight, Quantized4bit):
-        return torch.ops.fuselora.dequantize_4bit(*weight.operands(), dtype)
+        return ops.dequantize_4bit(*weight.operands(), dtype)
     return cast(weight, dtype)
 
 
@@ -155,10 +156,8 @@ def project(
     loras, owners = all_adapters(projections)
     b, scalings, splits = [lora.b for lora in loras], [lora.scaling for lora in loras], [lora.split for lora in loras]
     if quantized:
-        return torch.ops.fuselora.lora_project_4bit(
-            x, *lora_4bit.operands(quantized), biases, s, b, scalings, owners, splits
-        )
-    return torch.ops.fuselora.lora_project(x, weights, biases, s, b, scalings, owners, splits)
+        return ops.lora_project_4bit(x, *lora_4bit.operands(quantized), biases, s, b, scalings, owners, splits)
+    return ops.lora_project(x, weights, biases, s, b, scalings, owners, splits)
 
 
 def _quantized(projections: Sequence[Projection]) -> list[Quantized4bit]:
@@ -184,7 +183,7 @@ def _base(x: Tensor, proj: Projection, weight: Tensor | None, bias: Tensor | Non
     if weight is not None:
         return torch.nn.functional.linear(x, weight, bias)
     assert isinstance(proj.weight, Quantized4bit)
-    return torch.ops.fuselora.matmul_4bit(x, *proj.weight.operands(), bias, False)
+    return ops.matmul_4bit(x, *proj.weight.operands(), bias, False)
 
 
 def _add_low_rank(y: Tensor, s: Tensor, loras: Sequence[LoRA]) -> Tensor:
@@ -216,7 +215,7 @@ def grad_x(
     splits: Sequence[bool] = (),
 ) -> Tensor:
     """``lora_grad_x`` with weights of one kind: dense, or 4-bit ones as they are."""
-    ops, low_rank = torch.ops.fuselora, (ds, list(a), list(seeds), list(ps), list(splits))
+    low_rank = (ds, list(a), list(seeds), list(ps), list(splits))
     if weights and isinstance(weights[0], Quantized4bit):
         return ops.lora_grad_x_4bit(list(dys), *lora_4bit.operands(weights), *low_rank)  # type: ignore[arg-type]
     return ops.lora_grad_x(list(dys), list(weights), *low_rank)
@@ -237,7 +236,7 @@ def low_rank_backward(
     loras, owners = all_adapters(projections)
     wanted, _ = all_adapters(needs)
     a, ps, splits = [lora.a for lora in loras], [lora.p for lora in loras], [lora.split for lora in loras]
-    seeds, ops = [lora.seed for lora in loras], torch.ops.fuselora
+    seeds = [lora.seed for lora in loras]
     need_a, need_b = [bool(need.a) for need in wanted], [bool(need.b) for need in wanted]
     ds, dx = None, None
     das: list[Any] = [None] * len(loras)

@@ -25,7 +25,7 @@ from .lora_ops import LORA_GRAD_X, LORA_PROJECT
 from .matmul_4bit import exact_weight, native_refusal
 from .native_gemm import Term, rows_of
 from .nf4 import Quantized4bit, stored_bytes
-from .registry import Cost, Sample, define, implement
+from .registry import Cost, Sample, define, implement, ops
 
 STATES, SIZES = 5, 4
 Operands = tuple[list[Tensor], list[Tensor | None], list[int]]
@@ -47,17 +47,17 @@ def _each(data: Sequence[Tensor], states: Sequence[Tensor | None], sizes: Sequen
 
 
 def _dense(weights: Sequence[tuple], dtype: torch.dtype) -> list[Tensor]:
-    return [torch.ops.fuselora.dequantize_4bit(*w, dtype) for w in weights]
+    return [ops.dequantize_4bit(*w, dtype) for w in weights]
 
 
 @torch.no_grad()
 def _project(x: Tensor, data, states, sizes, *rest) -> list[Tensor]:
-    return torch.ops.fuselora.lora_project(x, _dense(_each(data, states, sizes), x.dtype), *rest)
+    return ops.lora_project(x, _dense(_each(data, states, sizes), x.dtype), *rest)
 
 
 @torch.no_grad()
 def _grad_x(dys: Sequence[Tensor], data, states, sizes, *rest) -> Tensor:
-    return torch.ops.fuselora.lora_grad_x(list(dys), _dense(_each(data, states, sizes), dys[0].dtype), *rest)
+    return ops.lora_grad_x(list(dys), _dense(_each(data, states, sizes), dys[0].dtype), *rest)
 
 
 def _fake_project(x: Tensor, data, states, sizes: Sequence[int], *_: object) -> list[Tensor]:

@@ -32,7 +32,7 @@ from .lora import (
     shrink,
 )
 from .nf4 import Quantized4bit, check_quantized
-from .registry import Sample, function
+from .registry import Sample, function, ops
 from .saving import kept_input, normed_input, restored_input
 
 # Per projection: its weight if that is quantised (frozen, so autograd need not see it), and options per adapter.
@@ -263,7 +263,7 @@ def eager_projection(x: Tensor, proj: Projection) -> Tensor:
     """Stock PEFT: base layer, then result + B(A(dropout(x))) * scaling, in the input's dtype; the mask is explicit."""
     weight = proj.weight
     if isinstance(weight, Quantized4bit):
-        weight = torch.ops.fuselora.dequantize_4bit(*weight.operands(), x.dtype)
+        weight = ops.dequantize_4bit(*weight.operands(), x.dtype)
     return eager_lora_delta(torch.nn.functional.linear(x, weight, proj.bias), x, proj.lora)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import lora_ops, native
 from .lora_ops import columns
 from .native_gemm import Term, adapter_terms, dense_refusal, gemm, rows_of
-from .registry import implement
+from .registry import implement, ops
 
 
 def shrink(
@@ -27,7 +27,7 @@ def shrink(
         joint = a[0] if len(a) == 1 else torch.cat(list(a))
         return gemm(adapter_terms(x, joint, False, 1.0, splits[0]), s.shape[1], out=s)
     for col, adapter, seed, p, split in zip(columns(ranks), a, seeds, ps, splits, strict=True):
-        dropped = torch.ops.fuselora.dropout(x, seed, p) if p > 0.0 else x
+        dropped = ops.dropout(x, seed, p) if p > 0.0 else x
         gemm(adapter_terms(dropped, adapter, False, 1.0, split), adapter.shape[0], out=s[:, col])
     return s
 
@@ -86,7 +86,7 @@ def grad_a(
         if not need:
             das.append(adapter.new_empty(0))
             continue
-        dropped = torch.ops.fuselora.dropout(x, seed, p) if p > 0.0 else x
+        dropped = ops.dropout(x, seed, p) if p > 0.0 else x
         das.append(gemm([Term(upright[col], dropped, True)], x.shape[1], dtype=adapter.dtype))
     return das
 
@@ -112,7 +112,7 @@ def grad_x_terms(
         terms = terms + [term for j, share in enumerate(shares) if j not in masked for term in share]
     dx = gemm(terms, width) if terms else None
     for j in masked:
-        share = torch.ops.fuselora.dropout(gemm(shares[j], width), seeds[j], ps[j])
+        share = ops.dropout(gemm(shares[j], width), seeds[j], ps[j])
         dx = share if dx is None else dx.add_(share)
     assert dx is not None
     return dx

@@ -29,7 +29,7 @@ from torch import Tensor
 from . import lora_costs
 from . import lora_samples as samples
 from .gpu.launch import lazy, refusal
-from .registry import define, implement
+from .registry import define, implement, ops
 
 
 def columns(ranks: Sequence[int]) -> list[slice]:
@@ -107,7 +107,7 @@ def _shrink(
         pieces.update(zip(plain, low_rank(x, plain).split([a[j].shape[0] for j in plain], dim=1), strict=True))
     for j, p in enumerate(ps):
         if p > 0.0:
-            pieces[j] = low_rank(torch.ops.fuselora.dropout(x, seeds[j], p), [j])
+            pieces[j] = low_rank(ops.dropout(x, seeds[j], p), [j])
     return _cat([pieces[j] for j in range(len(a))], 1)
 
 
@@ -177,7 +177,7 @@ def _grad_a(
             das[j] = cast(part, a[j].dtype)
     for j, p in enumerate(ps):
         if p > 0.0 and need_da[j]:
-            dropped = torch.ops.fuselora.dropout(x, seeds[j], p)
+            dropped = ops.dropout(x, seeds[j], p)
             das[j] = cast(torch.mm(ds[:, cols[j]].t(), dropped), a[j].dtype)
     return _or_empty(das, a)
 
@@ -208,7 +208,7 @@ def _grad_x(
         dx = torch.mm(left, right) if dx is None else dx.addmm_(left, right)
     for j, p in enumerate(ps):
         if p > 0.0:
-            part = torch.ops.fuselora.dropout(torch.mm(*factors([j])), seeds[j], p)
+            part = ops.dropout(torch.mm(*factors([j])), seeds[j], p)
             dx = part if dx is None else dx.add_(part)
     assert dx is not None
     return dx

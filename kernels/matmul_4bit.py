@@ -28,7 +28,7 @@ from .gpu import choices, nf4_plan
 from .gpu.launch import capability, lazy, refusal
 from .native_gemm import Term, gemm, has_amx, rows_of
 from .nf4 import QUANT, Quantized4bit, _reference, check_quantized, random_weight, stored_bytes
-from .registry import Cost, Sample, define, function, implement
+from .registry import Cost, Sample, define, function, implement, ops
 
 
 @torch.no_grad()
@@ -36,9 +36,7 @@ def _reference_matmul(
     x: Tensor, data: Tensor, absmax: Tensor, code: Tensor, absmax2: Tensor | None, code2: Tensor | None,
     offset: Tensor | None, blocksize: int, blocksize2: int, rows: int, cols: int, bias: Tensor | None, transpose: bool,
 ) -> Tensor:  # fmt: skip
-    w = torch.ops.fuselora.dequantize_4bit(
-        data, absmax, code, absmax2, code2, offset, blocksize, blocksize2, rows, cols, x.dtype
-    )
+    w = ops.dequantize_4bit(data, absmax, code, absmax2, code2, offset, blocksize, blocksize2, rows, cols, x.dtype)
     if transpose:
         assert bias is None
         return x @ w
@@ -168,14 +166,14 @@ class _Linear4bit(torch.autograd.Function):
     def forward(ctx, x, bias, *operands):
         ctx.save_for_backward(*operands[:6])
         ctx.sizes = operands[6:]
-        return torch.ops.fuselora.matmul_4bit(x, *operands, bias, False)
+        return ops.matmul_4bit(x, *operands, bias, False)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = torch.ops.fuselora.matmul_4bit(dy, *ctx.saved_tensors, *ctx.sizes, None, True)
+            dx = ops.matmul_4bit(dy, *ctx.saved_tensors, *ctx.sizes, None, True)
         if ctx.needs_input_grad[1]:
             dbias = dy.sum(0)
         return dx, dbias, *[None] * 10

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import glu_lora
 from .lora import LoRA, Projection, adapters, forward_weights, project, projections_backward, shrink
 from .lora_linear import flatten
+from .registry import ops
 
 TILE_ELEMENTS = 1 << 26
 TILE_ROWS = 4096
@@ -38,7 +39,7 @@ def until_h(x2: Tensor, projections: Sequence[Projection], act: str, weights: Se
     s = shrink(x2, inputs)
     outs = project(x2, inputs, s, weights[:-1])
     gate, up = outs if len(outs) == 2 else outs[0].chunk(2, dim=-1)
-    h = torch.ops.fuselora.glu(gate, up, act)
+    h = ops.glu(gate, up, act)
     return UntilH(s, outs, h, shrink(h, [down]))
 
 
@@ -162,11 +163,11 @@ class GluBackward:
 
     def __call__(self, dh: Tensor, ds: Tensor | None) -> Tensor:
         if self.fuse:
-            dgate, dup, self.fused = torch.ops.fuselora.glu_bwd_lora(dh, *self.outs, self.act, *self._factors(ds))
+            dgate, dup, self.fused = ops.glu_bwd_lora(dh, *self.outs, self.act, *self._factors(ds))
             self.douts = [dgate, dup]
             return dh  # no gradient that is left needs H
         need_h = bool(self.need_down.weight) or any(need.a for need in adapters(self.need_down.lora))
-        backward = torch.ops.fuselora.glu_bwd if len(self.outs) == 2 else torch.ops.fuselora.glu_packed_bwd
+        backward = ops.glu_bwd if len(self.outs) == 2 else ops.glu_packed_bwd
         *self.douts, h = backward(dh, *self.outs, self.act, need_h)
         return h
 

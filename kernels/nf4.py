@@ -29,7 +29,7 @@ from torch import Tensor
 from . import checks, native, nf4_cuda
 from .gpu.launch import interpreting, lazy, refusal
 from .nf4_scales import NESTED_BLOCKSIZE, blocks_of, dynamic_code
-from .registry import Cost, Sample, define, implement
+from .registry import Cost, Sample, define, implement, ops
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -293,12 +293,12 @@ def quantize_4bit(w: Tensor, quant_type: str = "nf4", blocksize: int = 64, doubl
     checks.check_choice("quantize_4bit", "w.dtype", w.dtype, (torch.float32, torch.bfloat16, torch.float16))
     checks.check_choice("quantize_4bit", "blocksize", blocksize, BLOCKSIZES)
     code = code_table(quant_type, w.device)
-    data, absmax = torch.ops.fuselora.quantize_4bit(w, code, blocksize)
+    data, absmax = ops.quantize_4bit(w, code, blocksize)
     q = Quantized4bit(data, absmax, code, (w.shape[0], w.shape[1]), blocksize)
     if not double:
         return q
     code2 = dynamic_code(w.device)
-    codes, absmax2, offset = torch.ops.fuselora.quantize_absmax(absmax, code2, NESTED_BLOCKSIZE)
+    codes, absmax2, offset = ops.quantize_absmax(absmax, code2, NESTED_BLOCKSIZE)
     return q._replace(absmax=codes, absmax2=absmax2, code2=code2, offset=offset)
 
 
@@ -353,4 +353,4 @@ def dequantize_4bit(q: Quantized4bit, dtype: torch.dtype = torch.bfloat16) -> Te
     """
     check_quantized("dequantize_4bit", q)
     checks.check_choice("dequantize_4bit", "dtype", dtype, checks.FLOATS)
-    return torch.ops.fuselora.dequantize_4bit(*q.operands(), dtype)
+    return ops.dequantize_4bit(*q.operands(), dtype)

@@ -35,7 +35,7 @@ from torch import Tensor
 from . import checks, native
 from .first_order import first_order
 from .gpu.launch import lazy
-from .registry import Cost, Sample, define, function, implement
+from .registry import Cost, Sample, define, function, implement, ops
 from .rms_norm import MODES, RMS_NORM, RMS_NORM_BWD, accumulator, eager_rms_norm, out_dtype
 from .rope import (
     GRID,
@@ -195,7 +195,7 @@ QK_NORM_ROPE_BWD = define(
 
 
 def _cpu(*args: Any):
-    return _in_turn(torch.ops.fuselora.rms_norm, torch.ops.fuselora.rope, *args)
+    return _in_turn(ops.rms_norm, ops.rope, *args)
 
 
 def _cpu_supports(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, *_: Any) -> str | None:
@@ -207,9 +207,9 @@ def _cpu_supports(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos:
 def _cpu_bwd(
     dy_q, dy_k, q, k, q_weight, k_weight, q_rstd, k_rstd, cos, sin, mode: str, interleaved: bool, need_dw: bool
 ):
-    dn_q, dn_k = torch.ops.fuselora.rope(dy_q, dy_k, cos, sin, interleaved, True)
-    dq, dw_q = torch.ops.fuselora.rms_norm_bwd(dn_q, None, q, q_weight, q_rstd, mode, need_dw)
-    dk, dw_k = torch.ops.fuselora.rms_norm_bwd(dn_k, None, k, k_weight, k_rstd, mode, need_dw)
+    dn_q, dn_k = ops.rope(dy_q, dy_k, cos, sin, interleaved, True)
+    dq, dw_q = ops.rms_norm_bwd(dn_q, None, q, q_weight, q_rstd, mode, need_dw)
+    dk, dw_k = ops.rms_norm_bwd(dn_k, None, k, k_weight, k_rstd, mode, need_dw)
     return dq, dk, dw_q, dw_k
 
 
@@ -236,7 +236,7 @@ implement(QK_NORM_ROPE_BWD, "triton", lazy("qk_norm_rope", "qk_norm_rope_bwd"), 
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, eps, mode, interleaved):
-        y_q, y_k, *rstd = torch.ops.fuselora.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, mode, interleaved)
+        y_q, y_k, *rstd = ops.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, mode, interleaved)
         ctx.save_for_backward(q, k, q_weight, k_weight, *rstd, cos, sin)
         ctx.options = mode, interleaved
         return y_q, y_k
@@ -245,7 +245,7 @@ class _QKNormRope(torch.autograd.Function):
     @first_order
     def backward(ctx, dy_q, dy_k):
         need_q, need_k = ctx.needs_input_grad[2:4]
-        gradients = torch.ops.fuselora.qk_norm_rope_bwd(dy_q, dy_k, *ctx.saved_tensors, *ctx.options, need_q or need_k)
+        gradients = ops.qk_norm_rope_bwd(dy_q, dy_k, *ctx.saved_tensors, *ctx.options, need_q or need_k)
         dq, dk, dw_q, dw_k = gradients
         return dq, dk, dw_q if need_q else None, dw_k if need_k else None, None, None, None, None, None
 

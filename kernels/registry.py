@@ -15,7 +15,9 @@ that cannot run raises. ``*=tag`` prefers one for all ops, wherever it can run. 
 be forced on CPU tensors too, where Triton's interpreter runs it: slow, for tests.
 
 Registration is the low-level ``Library.define`` + ``impl``: 3-7 us per eager call against 23-46 us for ``custom_op``
-with ``register_autograd``; autograd lives in plain ``torch.autograd.Function`` classes over the ops.
+with ``register_autograd``; autograd lives in plain ``torch.autograd.Function`` classes over the ops. Even 3-7 us are a
+third of a launch-bound step of 30 ops per layer, so the Functions call ``ops.<name>(...)``: the same op, past
+torch's dispatcher wherever it would do nothing but choose the device (``plain_device``).
 """
 
 from __future__ import annotations
@@ -24,17 +26,21 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .gpu.launch import interpreting
 
 LIBRARY = torch.library.Library("fuselora", "DEF")
 ENV_IMPL = "FUSELORA_IMPL"
 DISPATCH_KEY = {"cpu": "CPU", "triton": "CUDA", "cuda": "CUDA"}
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 OPS: dict[str, Op] = {}
+ops: Any = SimpleNamespace()  # OPS by attribute, as in torch.ops.fuselora
 FUNCTIONS: dict[str, Function] = {}
 
 
@@ -76,6 +82,13 @@ class Op:
     workloads: Callable[[torch.dtype, torch.device], Iterator[Sample]] = lambda dtype, device: iter(())
     impls: dict[str, Impl] = field(default_factory=dict)
 
+    def __call__(self, *args: Any) -> Any:
+        """``torch.ops.fuselora.<name>(*args)``, without the dispatcher where it isn't needed."""
+        device = None if torch.compiler.is_compiling() else plain_device(args)
+        if device is None:
+            return getattr(torch.ops.fuselora, self.name)(*args)
+        return self.select(device, args)(*args)
+
     def select(self, key: str | None, args: tuple[Any, ...]) -> Callable[..., Any]:
         """The implementation for these arguments on dispatch key ``key`` (None: no device kernel exists)."""
         forced = forced_impls(os.environ.get(ENV_IMPL, ""))
@@ -83,8 +96,8 @@ class Op:
             return self._forced(tag, key, args)
         if "*" in forced and self._refusal(forced["*"], key, args) is None:
             return self._forced(forced["*"], key, args)
-        for impl in self.impls.values():
-            if DISPATCH_KEY[impl.tag] == key and impl.supports(*args) is None:
+        for tag, impl in self.impls.items():
+            if DISPATCH_KEY[tag] == key and impl.supports(*args) is None:
                 return impl.fn
         return self.reference
 
@@ -116,6 +129,37 @@ class Function:
     eager: Callable[..., Any]
     samples: Callable[[torch.dtype, torch.device], Iterator[Sample]]
     long_reduction: bool = False
+
+
+def plain_device(args: tuple[Any, ...]) -> str | None:
+    """The dispatch key of a call's tensors, or None where torch's dispatcher has more to do than to choose by it.
+
+    It has nothing else to do when gradients are off, no mode (a FLOP counter, fake tensors), transform, tracer or
+    profiler listens, and all tensors are of torch's own type, on one device, and without a pending negation.
+    """
+    if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return None
+    if (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or torch.autograd._profiler_enabled()
+    ):
+        return None
+    on_cpu = on_cuda = False
+    for arg in args:
+        for value in arg if type(arg) in (list, tuple) else (arg,):
+            if type(value) in PLAIN_TENSORS:
+                if value.is_cpu:
+                    on_cpu = True
+                elif value.is_cuda:
+                    on_cuda = True
+                else:
+                    return None
+                if value.is_neg():
+                    return None
+            elif isinstance(value, Tensor):
+                return None
+    return None if on_cpu == on_cuda else "CPU" if on_cpu else "CUDA"
 
 
 @functools.lru_cache(maxsize=8)
@@ -154,6 +198,7 @@ def define(
     LIBRARY.impl(name, lambda *args: op.select(None, args)(*args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fuselora::{name}", fake, lib=LIBRARY)
     OPS[name] = op
+    setattr(ops, name, op)
     return op
 
 

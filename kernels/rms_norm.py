@@ -31,7 +31,7 @@ from . import checks, native
 from .first_order import first_order
 from .gpu.launch import lazy, refusal, sm_count
 from .gpu.norm_plan import partial_bytes
-from .registry import Cost, Sample, define, function, implement
+from .registry import Cost, Sample, define, function, implement, ops
 from .saving import remember_norm
 
 MODES = ("llama", "gemma", "none")
@@ -249,7 +249,7 @@ implement(RMS_NORM_BWD, "triton", lazy("norm_bwd", "rms_norm_bwd"), _triton_bwd_
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, mode):
-        y, _, rstd = torch.ops.fuselora.rms_norm(x, None, weight, eps, mode)
+        y, _, rstd = ops.rms_norm(x, None, weight, eps, mode)
         ctx.save_for_backward(x, weight, rstd)
         ctx.mode = mode
         return y
@@ -259,14 +259,14 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
         need_dw = ctx.needs_input_grad[1]
-        dx, dw = torch.ops.fuselora.rms_norm_bwd(dy, None, x, weight, rstd, ctx.mode, need_dw)
+        dx, dw = ops.rms_norm_bwd(dy, None, x, weight, rstd, ctx.mode, need_dw)
         return dx, dw if need_dw else None, None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps, mode):
-        y, h, rstd = torch.ops.fuselora.rms_norm(x, residual, weight, eps, mode)
+        y, h, rstd = ops.rms_norm(x, residual, weight, eps, mode)
         ctx.save_for_backward(h, weight, rstd)
         ctx.mode = mode
         return y, h
@@ -276,7 +276,7 @@ class _AddRMSNorm(torch.autograd.Function):
     def backward(ctx, dy, dh):
         h, weight, rstd = ctx.saved_tensors
         need_dw = ctx.needs_input_grad[2]
-        dx, dw = torch.ops.fuselora.rms_norm_bwd(dy, dh, h, weight, rstd, ctx.mode, need_dw)
+        dx, dw = ops.rms_norm_bwd(dy, dh, h, weight, rstd, ctx.mode, need_dw)
         return dx, dx, dw if need_dw else None, None, None
 
 

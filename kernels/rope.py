@@ -33,7 +33,7 @@ from . import checks, native
 from .blocks import row_blocks
 from .first_order import first_order
 from .gpu.launch import lazy, refusal
-from .registry import Cost, Sample, define, function, implement
+from .registry import Cost, Sample, define, function, implement, ops
 from .rms_norm import accumulator
 
 WIDEST = 1024  # channels of a head that a Triton program keeps in registers
@@ -218,12 +218,12 @@ class _Rope(torch.autograd.Function):
     def forward(ctx, q, k, cos, sin, interleaved):
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return torch.ops.fuselora.rope(q, k, cos, sin, interleaved, False)
+        return ops.rope(q, k, cos, sin, interleaved, False)
 
     @staticmethod
     @first_order
     def backward(ctx, dq, dk):
-        dq, dk = torch.ops.fuselora.rope(dq, dk, *ctx.saved_tensors, ctx.interleaved, True)
+        dq, dk = ops.rope(dq, dk, *ctx.saved_tensors, ctx.interleaved, True)
         return dq, dk, None, None, None
 
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .registry import ops
+
 _STATE = threading.local()
 
 
@@ -91,5 +93,5 @@ def restored_input(x: Tensor, weight: Tensor | None, how: tuple[float, str] | No
     """X [M, K] in the compute dtype, from what ``kept_input`` gave."""
     if how is None:
         return x
-    y = torch.ops.fuselora.rms_norm(x, None, weight, *how)[0]
+    y = ops.rms_norm(x, None, weight, *how)[0]
     return y.reshape(-1, y.shape[-1]).to(dtype)

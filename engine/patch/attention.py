@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fuselora.engine.patch.blocks import run_linears
 from fuselora.engine.patch.modules import FusedRMSNorm
-from fuselora.engine.patch.state import bypass_reason, read_block, unwrapped
+from fuselora.engine.patch.state import bypass_reason, child, first_parameter, read_block, unwrapped
 from fuselora.engine.patch.swap import Fused, decline, is_fused
 from fuselora.kernels.attention import WIDEST, attention, library_reason, native_refusal
 from fuselora.kernels.attention_ranges import bounds, dense_mask
@@ -43,7 +43,7 @@ class FusedAttention(Fused):
     fuse_ops = ("lora_shrink", "lora_project", "rope", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
 
     def fuse_linears(self: Any) -> tuple[nn.Module, ...]:
-        return self.q_proj, self.k_proj, self.v_proj
+        return child(self, "q_proj"), child(self, "k_proj"), child(self, "v_proj")
 
     def fuse_state(self: Any, x: Tensor | None = None) -> str | None:
         projections = read_block(x, *self.fuse_linears())
@@ -93,8 +93,10 @@ class FusedAttention(Fused):
             return reason
         if self.head_dim % 2 or self.head_dim > WIDEST:
             return f"head_dim is {self.head_dim}"
-        weight = next(self.parameters())
-        return f"it is on {weight.device.type}" if weight.device.type != "cpu" else library_reason()
+        weight = first_parameter(self)
+        if weight is not None and not weight.is_cpu:
+            return f"it is on {weight.device.type}"
+        return library_reason()
 
     def fuse_note(self: Any) -> str:
         reason = self.fuse_native_state()
@@ -159,7 +161,8 @@ class FusedAttention(Fused):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        projections = read_block(hidden_states, *self.fuse_linears())
+        linears = self.fuse_linears()
+        projections = read_block(hidden_states, *linears)
         if isinstance(projections, str) or position_embeddings is None:
             decline(self, projections if isinstance(projections, str) else "no position_embeddings were given")
             if (ranges := read_ranges(attention_mask)) is not None:
@@ -172,16 +175,16 @@ class FusedAttention(Fused):
                 **kwargs,
             )
         if projections is None:
-            outputs = tuple(linear(hidden_states) for linear in self.fuse_linears())
+            outputs = tuple(linear(hidden_states) for linear in linears)
         else:
-            outputs = run_linears(self, hidden_states, self.fuse_linears(), projections)
+            outputs = run_linears(self, hidden_states, linears, projections)
         q, k, v = self.fuse_split(outputs)
         q, k = self.fuse_rotate(q, k, *position_embeddings)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         context, weights = self.fuse_attend(q, k, v, attention_mask, kwargs)
-        return self.o_proj(context.reshape(*hidden_states.shape[:-1], -1)), weights
+        return child(self, "o_proj")(context.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class FusedConfigWindowAttention(FusedAttention):
@@ -261,7 +264,7 @@ class FusedPackedAttention(FusedConfigWindowAttention):
     """
 
     def fuse_linears(self: Any) -> tuple[nn.Module, ...]:
-        return (self.qkv_proj,)
+        return (child(self, "qkv_proj"),)
 
     def fuse_split(self: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         kv = self.num_key_value_heads * self.head_dim

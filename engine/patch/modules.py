@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import activations as hf
 
 from fuselora.engine.patch.blocks import dora_dtype_reason, run_base, run_dora, run_linears, run_mlp
 from fuselora.engine.patch.checkpointing import rerun_in_backward
@@ -15,6 +16,9 @@ from fuselora.engine.patch.quantized import is_4bit
 from fuselora.engine.patch.state import (
     active_adapters,
     bypass_reason,
+    casts_input,
+    child,
+    parameter,
     read_adapter,
     read_block,
     read_dora,
@@ -40,7 +44,7 @@ class FusedRMSNorm(Fused):
     fuse_mode = "llama"
 
     def fuse_state(self: Any) -> str | None:
-        return tensor_reason(self.weight)
+        return tensor_reason(parameter(self, "weight"))
 
     def fuse_epsilon(self: Any) -> float:
         return self.variance_epsilon
@@ -49,7 +53,7 @@ class FusedRMSNorm(Fused):
         if args or kwargs or (reason := self.fuse_state()):
             decline(self, "extra arguments" if args or kwargs else reason)
             return super().forward(x, *args, **kwargs)
-        return rms_norm(x, self.weight, self.fuse_epsilon(), self.fuse_mode)
+        return rms_norm(x, parameter(self, "weight"), self.fuse_epsilon(), self.fuse_mode)
 
 
 class FusedGemmaRMSNorm(FusedRMSNorm):
@@ -113,6 +117,14 @@ class FusedLoRALinear(Fused):
         return "; ".join(filter(None, (noted(self), cache_note(self.base_layer))))
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not (args or kwargs) and x.is_floating_point():
+            projections = read_projections(x, self)
+            if isinstance(projections, list) and projections[0].lora and casts_input(self):
+                return run_linears(self, x, (self,), projections)[0]
+        return self.fuse_rarer_states(x, *args, **kwargs)
+
+    def fuse_rarer_states(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """All but plain LoRA on a base that we read: mixed batches, DoRA, no adapter, opaque bases; or stock."""
         if set(kwargs) == {"adapter_names"} and not args:
             return self.fuse_mixed_batch(x, kwargs["adapter_names"])
         reason = "extra arguments" if args or kwargs else None
@@ -120,7 +132,7 @@ class FusedLoRALinear(Fused):
         names = [] if reason else active_adapters(self)
         if reason is None and not names:
             return self.base_layer(x)
-        if reason is None and not getattr(self, "cast_input_dtype_enabled", True):
+        if reason is None and not casts_input(self):
             reason = "input casting is disabled"
         if reason is None and uses_dora(self):
             dora = read_dora(self)
@@ -132,9 +144,6 @@ class FusedLoRALinear(Fused):
         if reason:
             decline(self, reason)
             return super().forward(x, *args, **kwargs)
-        projections = read_projections(x, self)
-        if not isinstance(projections, str):
-            return run_linears(self, x, (self,), projections)[0]
         y = self.fuse_base(x)
         if not y.is_floating_point() or y.dtype != x.dtype and not autocasting(x):
             decline(self, f"the base layer returns {y.dtype} for {x.dtype}")
@@ -206,7 +215,7 @@ class FusedGatedMLP(Fused):
     fuse_ops = ("lora_shrink", "lora_project", "glu", "glu_bwd", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
 
     def fuse_linears(self: Any) -> tuple[nn.Module, ...]:
-        return self.gate_proj, self.up_proj, self.down_proj
+        return child(self, "gate_proj"), child(self, "up_proj"), child(self, "down_proj")
 
     def fuse_activation(self: Any) -> nn.Module:
         return self.act_fn
@@ -222,14 +231,14 @@ class FusedGatedMLP(Fused):
         )
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        projections = read_block(x, *self.fuse_linears())
-        act = activation_name(self.fuse_activation())
+        linears = self.fuse_linears()
+        projections, act = read_block(x, *linears), activation_name(self.fuse_activation())
         if isinstance(projections, str) or act is None or args or kwargs:
             decline(self, projections if isinstance(projections, str) else "extra arguments or an unknown activation")
             return rerun_in_backward(partial(super().forward, **kwargs), x, *args)
         if projections is None:
             return rerun_in_backward(self.fuse_linear_by_linear, x, act)
-        return run_mlp(self, x, self.fuse_linears(), projections, act)
+        return run_mlp(self, x, linears, projections, act)
 
     def fuse_linear_by_linear(self: Any, x: Tensor, act: str) -> Tensor:
         *inputs, down = self.fuse_linears()
@@ -240,7 +249,7 @@ class FusedPackedMLP(FusedGatedMLP):
     """Phi-3: one gate_up projection."""
 
     def fuse_linears(self: Any) -> tuple[nn.Module, ...]:
-        return self.gate_up_proj, self.down_proj
+        return child(self, "gate_up_proj"), child(self, "down_proj")
 
     def fuse_activation(self: Any) -> nn.Module:
         return self.activation_fn
@@ -248,8 +257,6 @@ class FusedPackedMLP(FusedGatedMLP):
 
 def activation_name(module: nn.Module) -> str | None:
     """The GLU activation that a module computes exactly, or None. Types are exact, hooks and variants are declined."""
-    from transformers import activations as hf
-
     if bypass_reason(module):
         return None
     kind = type(module)
@@ -269,7 +276,7 @@ def add_and_norm(branch: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, T
     if branch.dtype != residual.dtype:  # autocast: the sum is promoted before the norm sees it
         h = residual + branch
         return norm(h), h
-    return add_rms_norm(branch, residual, norm.weight, norm.fuse_epsilon(), norm.fuse_mode)
+    return add_rms_norm(branch, residual, parameter(norm, "weight"), norm.fuse_epsilon(), norm.fuse_mode)
 
 
 class FusedDecoderLayer(Fused):
@@ -284,7 +291,7 @@ class FusedDecoderLayer(Fused):
 
     def fuse_norm(self: Any) -> Any:
         """The norm behind the first residual add."""
-        return unwrapped(self.post_attention_layernorm)
+        return unwrapped(child(self, "post_attention_layernorm"))
 
     def fuse_after_attention(self: Any, branch: Tensor) -> Tensor:
         return branch
@@ -303,9 +310,10 @@ class FusedDecoderLayer(Fused):
         if reason:
             decline(self, reason)
             return super().forward(hidden_states, *args, **kwargs)
-        attention = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        normed = child(self, "input_layernorm")(hidden_states)
+        attention = child(self, "self_attn")(hidden_states=normed, **kwargs)[0]
         normed, h = add_and_norm(self.fuse_after_attention(attention), hidden_states, self.fuse_norm())
-        return h + self.fuse_after_mlp(self.mlp(normed))
+        return h + self.fuse_after_mlp(child(self, "mlp")(normed))
 
 
 class FusedScaledDecoderLayer(FusedDecoderLayer):

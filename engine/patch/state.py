@@ -2,11 +2,14 @@
 
 ``read_projection`` answers with the tensors of a plain linear and of the plain LoRA adapters active on it,
 ``read_dora`` with those of a linear and its DoRA adapter, or with the reason why the layer's own forward must run.
-Nothing is cached: adapters are hot-swapped, scaled, switched, merged and moved.
+Nothing of a module's state is cached: adapters are hot-swapped, scaled, switched, merged and moved. Only what follows
+from a class alone is kept (``linear_kind``). Reading is cheap instead: ``nn.Module.__getattr__`` costs half a
+microsecond a name, a layer has 150 of them, so ``child`` and ``parameter`` look into the dictionaries behind it.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +33,27 @@ from fuselora.kernels.lora import LoRA, Projection, autocasting
 from fuselora.kernels.nf4 import Quantized4bit
 
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)  # fake: memory is estimated on them
+
+
+def child(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)`` for what is a submodule as a rule."""
+    children = module._modules
+    return children[name] if name in children else getattr(module, name)
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)`` for what is a parameter as a rule (FSDP and weight_norm set plain attributes)."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
+def first_parameter(module: nn.Module) -> nn.Parameter | None:
+    """The first of ``module.parameters()``, which puts every submodule's name together on the way."""
+    for own in module._parameters.values():
+        if own is not None:
+            return own
+    found = (first_parameter(part) for part in module._modules.values() if part is not None)
+    return next((p for p in found if p is not None), None)
 
 
 def bypass_reason(module: nn.Module) -> str | None:
@@ -76,15 +100,22 @@ def dtype_reason(x: Tensor, weight: Tensor) -> str | None:
 
 def read_plain(module: nn.Module) -> Projection | str:
     """A bare ``nn.Linear``."""
-    reason = bypass_reason(module) or tensor_reason(module.weight) or tensor_reason(module.bias)
-    return reason or Projection(module.weight, module.bias)
+    weight, bias = parameter(module, "weight"), parameter(module, "bias")
+    reason = bypass_reason(module) or tensor_reason(weight) or tensor_reason(bias)
+    return reason or Projection(weight, bias)
 
 
 def active_adapters(module: Any) -> list[str]:
     """The adapters that a LoRA layer would add to its base right now, in order."""
     if module.disable_adapters or module.merged:
         return []
-    return [name for name in module.active_adapters if name in module.lora_A]
+    known = child(module, "lora_A")._modules
+    return [name for name in module.active_adapters if name in known]
+
+
+def casts_input(module: Any) -> bool:
+    """Whether PEFT may cast a LoRA layer's input to the adapter's dtype, as it does unless told otherwise."""
+    return getattr(module, "cast_input_dtype_enabled", True)
 
 
 def state_reason(module: Any) -> str | None:
@@ -103,14 +134,15 @@ def read_adapter(module: Any, name: str) -> LoRA | str:
 
 def _read_factors(module: Any, name: str) -> LoRA | str:
     """A, B, scaling and dropout of an adapter of any variant."""
-    a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+    a, b, dropout = (child(module, part)._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
     for part in (a, b):
         if type(part) is not nn.Linear:
             return f"adapter {name!r} is made of {type(part).__name__}"
-        reason = bypass_reason(part) or tensor_reason(part.weight)
+        reason = bypass_reason(part) or tensor_reason(parameter(part, "weight"))
         if reason:
             return f"adapter {name!r}: {reason}"
-    if a.bias is not None or a.weight.dtype != b.weight.dtype:
+    down, up, bias = parameter(a, "weight"), parameter(b, "weight"), parameter(b, "bias")
+    if parameter(a, "bias") is not None or down.dtype != up.dtype:
         return f"adapter {name!r} has a bias on A, or A and B of different dtypes"
     if type(dropout) is nn.Identity:
         p = 0.0
@@ -122,9 +154,8 @@ def _read_factors(module: Any, name: str) -> LoRA | str:
         return f"adapter {name!r} drops everything" if p >= 1.0 else f"adapter {name!r}: {bypass_reason(dropout)}"
     scaling = module.scaling[name]
     if isinstance(scaling, Tensor):  # PEFT's compiled hot swap; folded into B so that a changed value is seen
-        bias = None if b.bias is None else b.bias * scaling
-        return LoRA(a.weight, b.weight * scaling, 1.0, p, bias)
-    return LoRA(a.weight, b.weight, float(scaling), p, b.bias)
+        return LoRA(down, up * scaling, 1.0, p, None if bias is None else bias * scaling)
+    return LoRA(down, up, float(scaling), p, bias)
 
 
 class DoRA(NamedTuple):
@@ -172,26 +203,35 @@ def read_dora(module: Any) -> DoRA | str:
     return DoRA(plain.weight, plain.bias, lora, length.weight)
 
 
+@functools.cache
+def linear_kind(cls: type[nn.Module]) -> str:
+    """What linear layer modules of this very class are: "dense", "4bit", "adapted", or "" for none."""
+    stock = vars(cls).get("_fuselora_stock", cls)
+    if stock is nn.Linear:
+        return "dense"
+    if is_4bit(stock):
+        return "4bit"
+    return "adapted" if stock is peft_lora.Linear or class_path(stock) == PEFT_4BIT else ""
+
+
 def is_base(module: nn.Module) -> bool:
     """Whether this is a linear without adapters whose weight we can read, dense or 4-bit."""
-    stock = stock_class(module)
-    return stock is nn.Linear or is_4bit(stock)
+    return linear_kind(type(module)) in ("dense", "4bit")
 
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether this is PEFT's LoRA layer on a linear that ``is_base`` accepts, or on one that computes by itself."""
-    stock = stock_class(module)
-    return stock is peft_lora.Linear or class_path(stock) == PEFT_4BIT
+    return linear_kind(type(module)) == "adapted"
 
 
 def base_linear(module: Any) -> nn.Module:
     """The linear that holds the weight: the module itself or what is below its adapters."""
-    return module if is_base(module) else module.base_layer
+    return module if is_base(module) else child(module, "base_layer")
 
 
 def read_base(module: nn.Module) -> Projection | str:
     """A linear that ``is_base``."""
-    return read_plain(module) if stock_class(module) is nn.Linear else bypass_reason(module) or read_4bit(module)
+    return read_plain(module) if linear_kind(type(module)) == "dense" else bypass_reason(module) or read_4bit(module)
 
 
 def read_projection(module: nn.Module) -> Projection | str:
@@ -203,7 +243,7 @@ def read_projection(module: nn.Module) -> Projection | str:
     reason = bypass_reason(module) or state_reason(module)
     if reason:
         return reason
-    base = module.base_layer
+    base = child(module, "base_layer")
     if not is_base(base):
         return f"its base layer is {type(base).__name__}"
     plain = read_base(base)
@@ -216,7 +256,7 @@ def read_projection(module: nn.Module) -> Projection | str:
         if isinstance(lora, str):
             return lora
         dense = isinstance(plain.weight, Tensor)
-        if not getattr(module, "cast_input_dtype_enabled", True) and (not dense or lora.a.dtype != plain.weight.dtype):
+        if not casts_input(module) and (not dense or lora.a.dtype != plain.weight.dtype):
             return "input casting is disabled and the adapter has another dtype"
         loras.append(lora)
     return plain._replace(lora=tuple(loras))
