@@ -37,8 +37,8 @@ def check_ndim(op: str, name: str, tensor: torch.Tensor, ndim: int) -> None:
 
 
 def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
-    present = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(present.values())) > 1:
+    if len({t.device for t in tensors.values() if t is not None}) > 1:
+        present = {name: t.device for name, t in tensors.items() if t is not None}
         listed = ", ".join(f"{name} on {device}" for name, device in present.items())
         raise fail(op, "devices", "one device for all tensors", listed, "move them together")
 

@@ -68,6 +68,9 @@ class Projection(NamedTuple):
     lora: LoRA | tuple[LoRA, ...] | None = None
 
 
+NOTHING = contextlib.nullcontext()
+
+
 def adapters(lora: LoRA | tuple[LoRA, ...] | None) -> tuple[LoRA, ...]:
     """A projection's adapters as a tuple."""
     return () if lora is None else (lora,) if isinstance(lora, LoRA) else lora
@@ -75,13 +78,19 @@ def adapters(lora: LoRA | tuple[LoRA, ...] | None) -> tuple[LoRA, ...]:
 
 def all_adapters(projections: Iterable[Projection]) -> tuple[list[LoRA], list[int]]:
     """The adapters of all projections in order, and the index of the projection that each belongs to."""
-    owned = [(lora, i) for i, proj in enumerate(projections) for lora in adapters(proj.lora)]
-    return [lora for lora, _ in owned], [i for _, i in owned]
+    loras: list[LoRA] = []
+    owners: list[int] = []
+    for i, proj in enumerate(projections):
+        for lora in adapters(proj.lora):
+            loras.append(lora)
+            owners.append(i)
+    return loras, owners
 
 
 def autocasting(x: Tensor) -> bool:
     """Whether autocast is on where x is; torch refuses the question for meta tensors."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    device = "cpu" if x.is_cpu else x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -91,7 +100,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Switch autocast off: the code inside has cast everything already."""
-    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else NOTHING
 
 
 def _combined_bias(proj: Projection, dtype: torch.dtype) -> Tensor | None:
@@ -308,7 +317,7 @@ def projections_backward(
         dw = torch.mm(dy.t(), x).to(proj.weight.dtype) if need.weight else nothing
         dbias, lora_biases = bias_grads(dy, proj.bias, loras, need)
         mine, lora_grads = lora_grads[: len(loras)], lora_grads[len(loras) :]
-        parts = (grad._replace(bias=bias) for grad, bias in zip(mine, lora_biases, strict=True))
+        parts = [LoRA(grad.a, grad.b, bias=bias) for grad, bias in zip(mine, lora_biases, strict=True)]
         grads[i] = Projection(dw, dbias, tuple(parts))
     return dx, grads
 

@@ -46,9 +46,11 @@ def flatten(projections: Sequence[Projection]) -> tuple[list[Any], Static]:
     for weight, bias, lora in projections:
         quantized = weight if isinstance(weight, Quantized4bit) else None
         values += [None if quantized else weight, bias]
-        for one in adapters(lora):
-            values += [one.a, one.b, one.bias, one.seed]
-        static.append((quantized, tuple((one.scaling, one.p, one.split) for one in adapters(lora))))
+        options = []
+        for a, b, scaling, p, lora_bias, seed, split in adapters(lora):
+            values += [a, b, lora_bias, seed]
+            options.append((scaling, p, split))
+        static.append((quantized, tuple(options)))
     return values, tuple(static)
 
 
@@ -70,14 +72,15 @@ def unflatten(values: Sequence[Any], static: Static) -> list[Projection]:
 
 def prepare(projection: Projection, x: Tensor) -> Projection:
     """Settle what the call depends on: dropout seeds (each adapter has its own mask, as in PEFT) and splits."""
-    loras = tuple(prepare_lora(lora, x, compute_dtype(x)) for lora in adapters(projection.lora))
-    return projection._replace(lora=loras)
+    dtype = compute_dtype(x)
+    loras = [prepare_lora(lora, x, dtype) for lora in adapters(projection.lora)]
+    return Projection(projection.weight, projection.bias, tuple(loras))
 
 
 def prepare_lora(lora: LoRA, x: Tensor, dtype: torch.dtype) -> LoRA:
-    wider = torch.finfo(lora.a.dtype).bits > torch.finfo(dtype).bits
-    seed = draw_seed() if lora.p > 0.0 and lora.seed is None else lora.seed
-    return lora._replace(seed=seed, split=wider and not autocasting(x))
+    a, b, scaling, p, bias, seed, _ = lora
+    seed = draw_seed() if p > 0.0 and seed is None else seed
+    return LoRA(a, b, scaling, p, bias, seed, a.dtype.itemsize > dtype.itemsize and not autocasting(x))
 
 
 def rows(x: Tensor) -> Tensor:
@@ -89,7 +92,7 @@ def unrows(y: Tensor, like: Tensor) -> Tensor:
     """[M, N] -> [..., N] with the leading dimensions of ``like``. Not a view to autograd: it forbids callers to
     change a view that a Function returns, and a stock linear's output may be changed in place.
     """
-    return torch.ops.aten._unsafe_view(y, (*like.shape[:-1], y.shape[-1]))
+    return torch.ops.aten._unsafe_view.default(y, (*like.shape[:-1], y.shape[-1]))
 
 
 class _LoRALinears(torch.autograd.Function):

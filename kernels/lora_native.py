@@ -119,10 +119,13 @@ def grad_x_terms(
 
 
 def _refusal(rows: int, operands: Sequence[Tensor | None], adapters: Sequence[Tensor]) -> str | None:
-    given = [t for t in operands if t is not None]
-    if len({t.dtype for t in given}) > 1:
-        return "inputs and weights have different dtypes"
-    return dense_refusal(rows, *given) or native.unsupported(*adapters)
+    first: Tensor | None = None
+    for t in operands:
+        if t is not None:
+            first = t if first is None else first
+            if t.dtype is not first.dtype:
+                return "inputs and weights have different dtypes"
+    return dense_refusal(rows, first) or native.unsupported(*adapters)
 
 
 implement(lora_ops.LORA_SHRINK, "cpu", shrink, lambda x, a, *_: _refusal(x.shape[0], [x], a))

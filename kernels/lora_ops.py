@@ -34,8 +34,11 @@ from .registry import define, implement, ops
 
 def columns(ranks: Sequence[int]) -> list[slice]:
     """Where each adapter's columns are in S and dS."""
-    ends = [sum(ranks[: j + 1]) for j in range(len(ranks))]
-    return [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
+    slices, begin = [], 0
+    for rank in ranks:
+        slices.append(slice(begin, begin + rank))
+        begin += rank
+    return slices
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,6 +64,10 @@ def scaled_b(b: Tensor, scaling: float) -> Tensor:
 
 def stacked(matrices: Sequence[Tensor], splits: Sequence[bool], dtype: torch.dtype, dim: int) -> Tensor:
     """A's or B's in the compute dtype, side by side along the rank: all of them rounded, then what splits left."""
+    if all(splits) and len({t.dtype for t in matrices}) == 1:  # five launches whatever their number
+        joint = _cat(matrices, dim)
+        rounded = cast(joint, dtype)
+        return torch.cat((rounded, (joint - rounded).to(dtype)), dim)
     high = [cast(t, dtype) for t in matrices]
     low = [(t - h).to(dtype) for t, h, split in zip(matrices, high, splits, strict=True) if split]
     return _cat(high + low, dim)
@@ -71,6 +78,9 @@ def doubled(s: Tensor, ranks: Sequence[int], splits: Sequence[bool], chosen: Seq
     if len(chosen) == len(ranks) and not any(splits):
         return s
     cols = columns(ranks)
+    if all(splits[j] for j in chosen) and list(chosen) == list(range(chosen[0], chosen[-1] + 1)):  # one slice of S
+        part = s if len(chosen) == len(ranks) else s[:, cols[chosen[0]].start : cols[chosen[-1]].stop]
+        return torch.cat((part, part), 1)
     return _cat([s[:, cols[j]] for j in chosen] + [s[:, cols[j]] for j in chosen if splits[j]], 1)
 
 

@@ -52,7 +52,8 @@ def rows_of(t: Tensor) -> Tensor:
 def adapter_terms(a: Tensor, adapter: Tensor, by_rows: bool, scale: float, split: bool) -> list[Term]:
     """One term, or for a split adapter two: its rounded part, and the rest."""
     adapter = rows_of(adapter)
-    return [Term(a, adapter, by_rows, scale, rest) for rest in ((False, True) if split else (False,))]
+    rounded = Term(a, adapter, by_rows, scale)
+    return [rounded, Term(a, adapter, by_rows, scale, True)] if split else [rounded]
 
 
 def _address(t: Tensor | None) -> int:
@@ -62,17 +63,17 @@ def _address(t: Tensor | None) -> int:
 def _pack(terms: Sequence[Term]) -> tuple[bytes, list[ctypes.Array]]:
     """The terms as the library reads them, and the 4-bit weights that they point to."""
     packed, weights = [], []
-    for t in terms:
-        if t.quantized is None:
-            assert t.data is not None
-            data, place, stride, dtype = t.data.data_ptr(), 0, t.data.stride(0), native.DTYPE[t.data.dtype]
+    for a, matrix, by_rows, scale, rest, quantized in terms:
+        if quantized is None:
+            assert matrix is not None
+            data, place, stride, dtype = matrix.data_ptr(), 0, matrix.stride(0), native.DTYPE[matrix.dtype]
         else:
-            *tensors, blocksize, blocksize2, _, stride = t.quantized
+            *tensors, blocksize, blocksize2, _, stride = quantized
             weights.append(ctypes.create_string_buffer(WEIGHT_4BIT.size))
             WEIGHT_4BIT.pack_into(weights[-1], 0, *map(_address, tensors), blocksize, blocksize2)
             data, place, dtype = 0, ctypes.addressof(weights[-1]), 0
-        left = t.a.data_ptr(), t.a.stride(0), t.a.shape[1]
-        packed.append(TERM.pack(*left, data, place, stride, t.scale, dtype, t.by_rows, t.rest, 0))
+        left = a.data_ptr(), a.stride(0), a.shape[1]
+        packed.append(TERM.pack(*left, data, place, stride, scale, dtype, by_rows, rest, 0))
     return b"".join(packed), weights
 
 
@@ -126,9 +127,17 @@ def dense_refusal(rows: int, *tensors: Tensor | None) -> str | None:
     """Why a product of dense operands with so many rows is better left to torch's library, or None."""
     if reason := native.unsupported(*tensors):
         return reason
-    dtype, isa = next(t.dtype for t in tensors if t is not None), native.isa()
+    dtype = [t for t in tensors if t is not None][0].dtype
     if rows < LEAST_ROWS[dtype]:
         return f"{rows} rows: below {LEAST_ROWS[dtype]} torch's library is as fast"
+    return library_refusal(dtype)
+
+
+@functools.cache
+def library_refusal(dtype: torch.dtype) -> str | None:
+    """Why torch's library is the faster one in this dtype on this processor, or None; the set of instructions is
+    settled when the native library is loaded."""
+    isa = native.isa()
     if dtype == torch.bfloat16 and (has_amx() or isa != "avx512_bf16"):
         return "oneDNN multiplies bf16 faster with this instruction set"
     if dtype == torch.float32 and ("AuthenticAMD" not in _cpu_flags() or not isa.startswith("avx512")):

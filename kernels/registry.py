@@ -38,6 +38,9 @@ LIBRARY = torch.library.Library("fuselora", "DEF")
 ENV_IMPL = "FUSELORA_IMPL"
 DISPATCH_KEY = {"cpu": "CPU", "triton": "CUDA", "cuda": "CUDA"}
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+NUMBERS = (int, float, bool, str)
+# What os.environ wraps: a name that is not there costs 1.2 us to look up in the wrapper, at every call of every op.
+ENVIRONMENT, ENV_KEY = os.environ._data, os.environ.encodekey(ENV_IMPL)  # type: ignore[attr-defined]
 
 OPS: dict[str, Op] = {}
 ops: Any = SimpleNamespace()  # OPS by attribute, as in torch.ops.fuselora
@@ -91,11 +94,12 @@ class Op:
 
     def select(self, key: str | None, args: tuple[Any, ...]) -> Callable[..., Any]:
         """The implementation for these arguments on dispatch key ``key`` (None: no device kernel exists)."""
-        forced = forced_impls(os.environ.get(ENV_IMPL, ""))
-        if tag := forced.get(self.name):
-            return self._forced(tag, key, args)
-        if "*" in forced and self._refusal(forced["*"], key, args) is None:
-            return self._forced(forced["*"], key, args)
+        if ENV_KEY in ENVIRONMENT:
+            forced = forced_impls(os.environ[ENV_IMPL])
+            if tag := forced.get(self.name):
+                return self._forced(tag, key, args)
+            if "*" in forced and self._refusal(forced["*"], key, args) is None:
+                return self._forced(forced["*"], key, args)
         for tag, impl in self.impls.items():
             if DISPATCH_KEY[tag] == key and impl.supports(*args) is None:
                 return impl.fn
@@ -147,7 +151,11 @@ def plain_device(args: tuple[Any, ...]) -> str | None:
         return None
     on_cpu = on_cuda = False
     for arg in args:
-        for value in arg if type(arg) in (list, tuple) else (arg,):
+        if type(arg) not in (list, tuple):
+            arg = (arg,)
+        elif arg and type(arg[0]) in NUMBERS:
+            continue
+        for value in arg:
             if type(value) in PLAIN_TENSORS:
                 if value.is_cpu:
                     on_cpu = True
