@@ -5,15 +5,14 @@
     python bench/bench_all.py --plan grid               # every base, layout and length against every rung; repeat it
     python bench/bench_all.py --save                    # and its records under bench/results, the tables made anew
 
-Runs in order of priority (``plans.py``); what is recorded already, by this very commit without changes, is not measured
-again, so that a run that was cut short goes on where it ended. Every step run begins with the parity gate. On a GPU:
-gpu_suite.py.
+Runs in order of priority (``plans.py``); what is recorded already, by this very code (package, native code and
+benchmarks), is not measured again, so that a run that was cut short goes on where it ended. Every step run begins with
+the parity gate. On a GPU: gpu_suite.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,8 +53,8 @@ class CpuSuite(Suite):
         for name, run in PLANS[self.args.plan].items():
             if self.args.only and name not in self.args.only:
                 continue
-            if run.script == STEP and report.of_this_commit(self.out / f"{name}.json"):
-                print(f"{name}: its record is of this commit, not repeated")
+            if run.script == STEP and report.finished(self.out / f"{name}.json"):
+                print(f"{name}: its record is of this code, not repeated")
             elif self.left < run.seconds / 2:
                 print(f"{name}: skipped, {self.left:.0f} s left of {run.seconds:.0f} s expected")
             else:
@@ -64,22 +63,8 @@ class CpuSuite(Suite):
         if any(self.out.glob("*.json")):
             print(write_report.write(self.out, self.out))
         if self.args.save:
-            keep(self.out)
+            tables.keep(self.out)
         return ok
-
-
-def keep(folder: Path) -> None:
-    """The records of ``folder`` under bench/results by machine and date, and the documents' tables made from them."""
-    for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text())
-        of = record.get("environment")
-        if of is None or record.get("smoke") or any("sides" not in run for run in record.get("runs", ())):
-            print(f"{path.name}: not kept, it holds no figures")
-            continue
-        target = tables.RESULTS / of["machine"] / f"{path.stem}-{of['date']}.json"
-        report.write_json(record, target)
-        print(f"kept: {target.relative_to(tables.RESULTS)}")
-    tables.main(["--write"])
 
 
 def main(argv: list[str] | None = None) -> int:

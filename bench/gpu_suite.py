@@ -9,14 +9,16 @@
     first     the measurements that settle design choices (first_run.py)
     choices   which LoRA GEMM wins at which shape, as a new choice table (choose_gemm.py)
     layer     one Llama-3-8B decoder layer: time, launches, saved bytes (layer.py)
+    steps     whole training steps against stock PEFT and torch.compile (train_step.py), the headline first
     kernels   every op and function against its rivals (op_times.py)
-    steps     whole training steps against stock PEFT and torch.compile (train_step.py)
 
 Each stage is a process with its share of the time that is left, and writes its own JSON as it goes, so that a stage
-that crashes or runs out of time costs only its own rest; started again by the same commit, the suite goes on with what
-is not measured yet. What is missing on the machine is named, not hidden. Needs no
-installation: ``PYTHONPATH=python python bench/gpu_suite.py`` in a checkout with torch, triton, transformers and peft.
-Exits with 1 if a stage failed.
+that crashes or runs out of time costs only its own rest. Started again by the same code on the same machine, the
+suite goes on: a build or tests that passed are not repeated, nor what is measured. Three calls of ten minutes hold it
+all; the second begins with the headline table, which fits one call. What is missing on the machine is named, not
+hidden. Needs no installation: ``PYTHONPATH=python python bench/gpu_suite.py`` in a checkout with torch, triton,
+transformers and peft. ``--save`` puts the records under bench/results, in the machine's folder. Exits with 1 if a stage
+failed.
 """
 
 from __future__ import annotations
@@ -34,12 +36,14 @@ from typing import Any
 import plans
 import report
 import suite_table
+import tables
 import torch
 from plans import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 # Share of the time left that a stage may take, in order of priority.
-STAGES = {"build": 0.2, "tests": 0.45, "first": 0.2, "choices": 0.15, "layer": 0.2, "kernels": 0.5, "steps": 1.0}
+STAGES = {"build": 0.2, "tests": 0.4, "first": 0.2, "choices": 0.15, "layer": 0.2, "steps": 1.0, "kernels": 1.0}
+ONCE = ("build", "tests")  # whose end is remembered: they leave no record of their own
 MEASURED = {"first": "first_run.py", "choices": "choose_gemm.py", "layer": "layer.py", "kernels": "op_times.py"}
 SECONDS_PER_TOKEN = 4e-4  # of stock PEFT at Llama-3-8B on an H200
 PLANS = {"headline": plans.GPU, "grid": plans.grid("llama-3-8b", SECONDS_PER_TOKEN)}
@@ -50,7 +54,7 @@ class Suite:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.out = args, args.out.resolve()
         self.end = time.monotonic() + args.budget
-        self.results: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, dict[str, Any]] = self._before()
         self.environment = os.environ | {"PYTHONPATH": _path(), "PYTHONUNBUFFERED": "1"}
 
     @property
@@ -74,9 +78,25 @@ class Suite:
             timed_out = not timer.cancel_if_waiting()
         seconds = time.monotonic() - start
         said = "out of time" if timed_out else "ok" if code == 0 else f"failed with {code}"
-        self.results.setdefault(name, {"runs": []})["runs"].append({"command": command, "s": seconds, "ended": said})
-        (self.out / "suite.json").write_text(json.dumps(self.results, indent=1) + "\n")
+        ended = {"command": command, "s": seconds, "ended": said, "at": self.state}
+        self.results.setdefault(name, {"runs": []})["runs"].append(ended)
+        report.write_json(self.results, self.out / "suite.json")
         return code == 0
+
+    def _before(self) -> dict[str, dict[str, Any]]:
+        """What earlier calls of this code on this machine ended with."""
+        path = self.out / "suite.json"
+        self.state = {"source": report.source_hash(), "machine": report.machine(torch.device(self.args.device))}
+        if self.args.smoke or not path.exists():
+            return {}
+        stages = json.loads(path.read_text())
+        kept = {name: [run for run in of["runs"] if run.get("at") == self.state] for name, of in stages.items()}
+        return {name: {"runs": runs} for name, runs in kept.items() if runs}
+
+    def passed(self, name: str) -> bool:
+        """Whether a stage's last command ended well before; the last of a stage is that which shows that it is done."""
+        runs = self.results.get(name, {"runs": []})["runs"]
+        return bool(runs) and runs[-1]["ended"] == "ok"
 
     def build(self, limit: float) -> bool:
         if shutil.which("cmake") is None:
@@ -104,8 +124,8 @@ class Suite:
         ok = True
         for name, run in (SMOKE if self.args.smoke else PLANS[self.args.plan]).items():
             path, said = self.out / f"{name}.json", " ".join(run.arguments)
-            if report.of_this_commit(path):
-                print(f"{name}: {said}: measured before by this commit")
+            if report.finished(path):
+                print(f"{name}: {said}: measured before by this code")
             elif self.left < run.seconds:
                 self.results.setdefault("steps", {"runs": []}).setdefault("skipped", []).append(name)
                 print(f"{name}: {said}: skipped, {self.left:.0f} s left of {run.seconds:.0f} s needed")
@@ -120,11 +140,16 @@ class Suite:
         for name, share in STAGES.items():
             if self.args.only and name not in self.args.only:
                 continue
+            if name in ONCE and self.passed(name):
+                print(f"{name}: passed before with this code on this machine")
+                continue
             limit = max(5.0, self.left * share)
             ok = (self.measured(name, limit) if name in MEASURED else getattr(self, name)(limit)) and ok
         table = suite_table.table(self.out)
         (self.out / "table.txt").write_text(table + "\n")
         print(table, flush=True)
+        if self.args.save:
+            tables.keep(self.out)
         return ok
 
 
@@ -161,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plan", choices=list(PLANS), default="headline", help="the step runs (plans.py)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
+    parser.add_argument("--save", action="store_true", help="keep the records in bench/results, rewrite the tables")
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.exit(2, "error: --device: expected a CUDA device, got none; on CPU: --device cpu --smoke\n")

@@ -41,8 +41,13 @@ def unavailable(rung: str, config: PreTrainedConfig, device: torch.device) -> st
 
 
 def _liger(model: nn.Module) -> None:
+    """Its defaults, which fuse RoPE, norms, GLU and the linear cross-entropy. It passes over families it does not know
+    without a word: stock would be reported under its name."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(f"Liger has no kernels for model type {model.config.model_type}")
     _apply_liger_kernel_to_instance(model=model)
 
 

@@ -19,6 +19,8 @@ import ctypes
 import gc
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 
 STEPS = 4
+REASON = 200  # characters of an error that are kept
 ALLOCATOR_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
@@ -83,11 +86,32 @@ class PeakMeter:
         return {"model": self.model, "peak": peak, "above": peak - self.model, **extra}
 
 
+class Failed(RuntimeError):
+    """A side whose process did not get through its steps, and why, in one line."""
+
+
 def measure(arguments: list[str], side: str) -> dict[str, Any]:
-    """Run ``train_step.py`` for one side in a fresh process and return its memory record."""
+    """Run ``train_step.py`` for one side in a fresh process and return its memory record. Raises Failed."""
     script = Path(__file__).with_name("train_step.py")
     command = [sys.executable, str(script), *arguments, "--memory-worker", side]
     run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode != 0:
-        raise RuntimeError(f"memory of side {side}: worker ended with {run.returncode}:\n{run.stderr[-2000:]}")
+    if run.returncode < 0:
+        raise Failed(f"its process was ended by {signal.Signals(-run.returncode).name}; SIGKILL: no memory was left")
+    if run.returncode > 0:
+        raise Failed(one_line(run.stderr) or f"its process ended with {run.returncode}")
     return json.loads(run.stdout.splitlines()[-1])
+
+
+def one_line(text: str) -> str:
+    """The last line of an error's text that says something, shortened."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed)\b", line)]
+    return (named or lines or [""])[-1][:REASON]
+
+
+def release(device: torch.device) -> None:
+    """Give cached memory back: another process may need it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()

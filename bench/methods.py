@@ -4,13 +4,12 @@
 
 Every method is one run of ``train.py examples/quickstart.yaml`` in a process of its own, on the same data, steps and
 seed; learning rates are the usual ones of each method. Read from it: held-out loss before and after, tokens/s (median
-of the log), peak resident memory of the process, size of what was saved.
+of the log), peak resident memory above the loaded libraries (``peak_run.py``), size of what was saved.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -40,14 +39,13 @@ def measure(options: dict[str, str], stage: Stage) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         keys = COMMON | {"max_steps": str(steps), "logging_steps": str(max(1, steps // 10)), "output_dir": folder}
         keys |= {"eval_steps": str(steps), **options}
-        command = [sys.executable, "train.py", "examples/quickstart.yaml", *(f"{k}={v}" for k, v in keys.items())]
-        log = Path(folder) / "stdout"
-        with log.open("w") as out:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
-            _, status, usage = os.wait4(process.pid, 0)
-        printed = log.read_text()
-        if status:
-            raise RuntimeError(f"train.py ended with {os.waitstatus_to_exitcode(status)}: {printed[-300:]}")
+        command = [sys.executable, "bench/peak_run.py", "train.py", "examples/quickstart.yaml"]
+        command += [f"{key}={value}" for key, value in keys.items()]
+        run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        printed = run.stdout
+        if run.returncode:
+            raise RuntimeError(f"train.py ended with {run.returncode}: {printed[-300:]}")
+        used = json.loads(printed.splitlines()[-1])
         records = [json.loads(line) for line in (Path(folder) / "trainer_log.jsonl").read_text().splitlines()]
         saved = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     losses = [record["eval_loss"] for record in records if "eval_loss" in record]
@@ -60,7 +58,8 @@ def measure(options: dict[str, str], stage: Stage) -> dict[str, Any]:
         "loss_before": losses[0],
         "loss": losses[-1],
         "tokens_per_s": statistics.median(r["tokens_per_second"] for r in records if "tokens_per_second" in r),
-        "peak_resident": usage.ru_maxrss * 1024,
+        "peak_resident": used["peak"],
+        "peak_above_imports": used["peak"] - used["imports"],
         "saved_bytes": saved,
     }
 

@@ -33,6 +33,8 @@ from fuselora.engine.patch import KINDS, patch_model
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TRAINED_B = 0.02  # a few hundred AdamW steps of 1e-4, each at most the rate, from zero
 QUANTIZED = ("nf4", "fp4", "int8")
+LAYOUTS = ("full", "padded", "packed")
+IGNORED = -100  # a label without a loss
 INT8_THRESHOLD = 6.0  # activations above it are multiplied in 16 bits; transformers' default
 SUFFIXES = ("bf16", "autocast", "compile", "compute32", *ladder.RUNGS)
 
@@ -210,29 +212,44 @@ def autocast(side: Side, device: torch.device) -> contextlib.AbstractContextMana
 
 
 def random_batch(
-    config: PreTrainedConfig, batch: int, seq: int, device: torch.device, seed: int, packed: bool = False
+    config: PreTrainedConfig, batch: int, seq: int, device: torch.device, seed: int, layout: str = "full"
 ) -> dict[str, torch.Tensor]:
-    """Random tokens; the first quarter of every row is a prompt without targets, as in instruction tuning.
+    """Random tokens; the first quarter of every document is a prompt without targets, as in instruction tuning.
 
-    ``packed``: every row holds documents of random lengths from seq / 16 to seq / 4, told apart by position_ids that
-    start again, each with such a prompt.
+    ``layout`` full: every row is one document of ``seq`` tokens. padded: a document of seq / 4 to seq tokens, the first
+    row's of all, then padding, told by an attention_mask. packed: documents of seq / 16 to seq / 4, told apart by
+    position_ids that start again.
     """
     generator = torch.Generator().manual_seed(seed + 2)
     ids = torch.randint(0, config.vocab_size, (batch, seq), generator=generator)
-    labels = ids.clone()
-    if not packed:
-        labels[:, : seq // 4] = -100
-        return {"input_ids": ids.to(device), "labels": labels.to(device)}
-    positions = torch.empty_like(ids)
-    for row in range(batch):
-        start = 0
-        while start < seq:
-            length = int(torch.randint(max(2, seq // 16), max(3, seq // 4), (), generator=generator))
-            end = min(seq, start + length)
-            positions[row, start:end] = torch.arange(end - start)
-            labels[row, start : start + max(1, (end - start) // 4)] = -100
-            start = end
-    return {name: t.to(device) for name, t in (("input_ids", ids), ("labels", labels), ("position_ids", positions))}
+    labels, found = ids.clone(), {"input_ids": ids}
+
+    def length(low: int, high: int) -> int:
+        return int(torch.randint(low, max(low + 1, high), (), generator=generator))
+
+    if layout == "full":
+        labels[:, : seq // 4] = IGNORED
+    elif layout == "padded":
+        found["attention_mask"] = mask = torch.ones_like(ids)
+        for row in range(batch):
+            tokens = seq if row == 0 else length(max(4, seq // 4), seq)
+            mask[row, tokens:] = 0
+            labels[row, : tokens // 4] = labels[row, tokens:] = IGNORED
+    else:
+        found["position_ids"] = positions = torch.empty_like(ids)
+        for row in range(batch):
+            start = 0
+            while start < seq:
+                end = min(seq, start + length(max(2, seq // 16), seq // 4))
+                positions[row, start:end] = torch.arange(end - start)
+                labels[row, start : start + max(1, (end - start) // 4)] = IGNORED
+                start = end
+    return {name: t.to(device) for name, t in (found | {"labels": labels}).items()}
+
+
+def real_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens of a batch without its padding."""
+    return int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
 
 
 def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:

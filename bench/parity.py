@@ -45,7 +45,7 @@ class GateShape:
     seq: int = 48
     checkpointing: bool = False
     steps: int = CURVE_STEPS
-    packed: bool = False
+    layout: str = "full"
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def gate(
     side = side.fresh()
     small = with_layers(config, shape.layers)
     base = models.build_base(small, dtype, device, seed, quantize, prepared)
-    batch = models.random_batch(small, shape.batch, shape.seq, device, seed, packed=shape.packed)
+    batch = models.random_batch(small, shape.batch, shape.seq, device, seed, shape.layout)
 
     def build(of: torch.nn.Module, what: Side, adapters: LoraShape) -> torch.nn.Module:
         return models.build_side(of, what, adapters, checkpointing=shape.checkpointing, seed=seed)

@@ -10,7 +10,9 @@ every operation i of b_i bytes and f_i FLOPs, L launches and the machine's copy 
     floor  = sum over the products of the base weights, the head and attention of f_i / R
 
 An operation is assumed to run at its roof, so these are lower ends: a stock kernel that reaches half of the bandwidth
-takes longer. Machines and the sources of their figures: machines.json. The optimizer (a few launches) is left out.
+takes longer. Machines and the sources of their figures: machines.json. The optimizer (a few launches) is left out, and
+so is checkpointing. The memory that fuselora would need (``fuselora estimate``) stands beside the card's: where it does
+not fit, the figures are those of a card of that speed with room.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ import torch
 from launches import Event, Work, counting
 from models import LoraShape
 from transformers import PreTrainedConfig
+
+from fuselora.engine.estimate import Run, estimate_run
 
 MACHINES = json.loads(Path(__file__).with_name("machines.json").read_text())
 GAP = 1.5e-6  # s between the end of a kernel and the start of the next in a stream
@@ -123,17 +127,30 @@ def table(config: PreTrainedConfig, batch: int, seq: int, machine: dict[str, Any
     return tables.markdown(header, rows) + f"\n\nfloor: {1e3 * found['fuselora'].floor:.1f} ms"
 
 
+def fits(config: PreTrainedConfig, batch: int, seq: int, machine: dict[str, Any]) -> str:
+    """One line on the memory of our step without checkpointing."""
+    run = Run(
+        config, batch, seq, policy="off", dtype=models.DTYPES[machine["dtype"]], rank=LoraShape().rank, device="cuda"
+    )
+    needed, there = estimate_run(run).total, machine["memory_bytes"]
+    said = "fits" if needed <= there else "DOES NOT FIT: the times are those of a card of this speed with room"
+    return f"memory of fuselora: {needed / 1e9:.1f} GB estimated, {there / 1e9:.1f} on the card: {said}"
+
+
 def calibrate(folder: Path) -> str:
     """Prediction against every measured step whose record holds its machine's limits."""
     rows = []
     for _, _, run in tables.step_runs(folder):
         limits, model = run.get("limits"), run["model"]
-        if limits is None or model["quantize"] or model["checkpointing"] or model["layout"] != "padded":
+        plain = not model["quantize"] and not model["checkpointing"] and model["layout"] != "packed"
+        if limits is None or not plain or model.get("padding") or model["preset"] not in presets.PRESETS:
             continue
         machine = {"dtype": model["dtype"], "capability": 90, "multiprocessors": 132, "gap_s": 0.0, "host_s": 0.0}
         machine |= limits | {"fp32_flop_per_s": limits.get("matmul_fp32_flop_per_s", limits["matmul_flop_per_s"])}
         config, _, _ = presets.load_config(model["preset"], None)
-        for side in run["sides"]:
+        if model["model_type"] != config.model_type:
+            config = presets.as_family(model["preset"], model["model_type"])
+        for side in {side["name"]: side for side in run["sides"]}.values():
             if side["name"] in SIDES:
                 p = predict(config, side["name"], model["batch"], model["seq"], machine, LoraShape(model["rank"]))
                 measured = side["step_s"]["median"]
@@ -163,7 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     batch, seq = args.batch or batch, args.seq or seq
     print(f"PREDICTION, not measured: {machine['name']}, {args.preset}, {machine['dtype']}, {batch} x {seq} tokens\n")
     print(table(config, batch, seq, machine))
-    print(f"\nmachine: {machine['source']}")
+    print(f"\n{fits(config, batch, seq, machine)}")
+    print(f"machine: {machine['source']}")
     return 0
 
 

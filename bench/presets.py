@@ -105,6 +105,13 @@ def load_config(preset: str | None, path: Path | None) -> tuple[PreTrainedConfig
     return config, 2, min(512, getattr(config, "max_position_embeddings", 512))
 
 
+def as_family(preset: str, family: str) -> PreTrainedConfig:
+    """The preset's widths as another model type."""
+    fields = dict(PRESETS[preset].fields)
+    fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+    return AutoConfig.for_model(family, pad_token_id=0, bos_token_id=1, eos_token_id=2, **fields)
+
+
 def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """The same widths with at most ``layers`` decoder layers (0 keeps all)."""
     if layers <= 0 or layers >= config.num_hidden_layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -13,12 +14,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import timing
 import torch
 from memory import allocator_settings
 
 SCHEMA = 1
+CODE = ("bench", "engine", "kernels", "python/fuselora", "csrc")
+CODE_SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh", ".json", ".yaml")
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "peft", "triton", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "triton", "bitsandbytes", "trl", "liger-kernel", "numpy")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -32,6 +36,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "gpu_memory": torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
+        "cuda": torch.version.cuda,
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -41,17 +47,35 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the checkout, and whether it has changes that are not committed."""
-    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
+    """Commit of the checkout, whether it has changes that are not committed, and a hash of the code that is measured,
+    which an unpacked archive or a changed checkout has too."""
+    dirty = bool(_git("status", "--porcelain"))
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": dirty, "source": source_hash()}
 
 
-def of_this_commit(path: Path) -> dict[str, Any] | None:
+def source_hash() -> str:
+    """Of the package, its native code and the benchmarks; documents, tests and records do not count."""
+    digest = hashlib.sha256()
+    for folder in CODE:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in CODE_SUFFIXES and "results" not in path.parts:
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def of_this_code(path: Path) -> dict[str, Any] | None:
     """The record at ``path`` if it was made by this very code, else None."""
-    state = git_state()
-    if state["dirty"] or not state["commit"] or not path.exists():
+    if not path.exists():
         return None
     record = json.loads(path.read_text())
-    return record if record.get("environment", {}).get("git") == state else None
+    made = record.get("environment", {}).get("git", {}).get("source")
+    return record if made == git_state()["source"] else None
+
+
+def finished(path: Path) -> bool:
+    """Whether ``path`` is a step record of this very code that holds figures: without parity it is made again."""
+    record = of_this_code(path)
+    return record is not None and all("sides" in run for run in record["runs"])
 
 
 def machine(device: torch.device) -> str:
@@ -90,9 +114,18 @@ def write_json(record: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def spread(ratio: dict[str, float], run: dict[str, Any], digits: int = 2) -> str:
+    """[low, high] where it is a 95 % interval, (low to high) where rounds are too few for one and it is the range."""
+    low, high = f"{ratio['low']:.{digits}f}", f"{ratio['high']:.{digits}f}"
+    enough = run["sides"][0]["step_s"]["rounds"] >= timing.LEAST_ROUNDS
+    return f"[{low}, {high}]" if enough else f"({low} to {high})"
+
+
 def table(run: dict[str, Any]) -> str:
-    """Sides with their figures, then the candidate against each baseline."""
-    sides = run["sides"]
+    """Sides with their figures, then the candidate against each baseline; sides that did not run, with the reason."""
+    missing = [f"{name}: not run: {reason}" for name, reason in run["missing"].items()]
+    if not (sides := run["sides"]):
+        return "\n".join(missing)
     width = max(len(side["name"]) for side in sides)
     header = (
         f"{'side':{width}} {'step ms':>9} {'p5':>8} {'p95':>8} {'fwd':>8} {'bwd':>8} {'/ GEMMs':>8} {'tokens/s':>9} "
@@ -113,11 +146,10 @@ def table(run: dict[str, Any]) -> str:
         f"bare GEMMs: {1e3 * bare['step_s']['median']:.1f} ms for {bare['products']} linears, {rate:.0f} GFLOP/s, "
         f"{run['model']['dtype']}"
     )
-    lines += [f"{name}: not run: {reason}" for name, reason in run["missing"].items()]
+    lines += missing
     for pair in run["comparisons"]:
-        ratio = pair["speed_up"]
-        text = f"{pair['candidate']} against {pair['baseline']}: {ratio['median']:.2f}x tokens/s"
-        text += f" [{ratio['low']:.2f}, {ratio['high']:.2f}], {pair['processor_ratio']:.2f}x processor time"
+        text = f"{pair['candidate']} against {pair['baseline']}: {pair['speed_up']['median']:.2f}x tokens/s"
+        text += f" {spread(pair['speed_up'], run)}, {pair['processor_ratio']:.2f}x processor time"
         if pair["memory_ratio"] is not None:
             text += f", {pair['memory_ratio']:.2f}x peak memory above the model"
         lines.append(text)

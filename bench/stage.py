@@ -2,8 +2,8 @@
 
 A stage is a process of its own, because a failing kernel takes its process down; what was measured before is already
 in ``<out>/<stage>.json``. A measurement that fails becomes an entry with its error and the stage goes on, unless the
-device itself is lost. A stage that is started again by the same commit, without changes, on the same machine goes on:
-entries without an error are kept.
+device itself is lost. A stage that is started again by the same code on the same machine goes on: entries without an
+error are kept.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Stage:
             raise SystemExit("the device does not answer any more: this stage ends here")
 
     def _kept(self, environment: dict[str, Any]) -> list[dict[str, Any]]:
-        before = report.of_this_commit(self.path)
+        before = report.of_this_code(self.path)
         if (
             before is None
             or before["smoke"]

@@ -10,12 +10,15 @@ a function of ``KINDS``. Of several records of one run name the newest counts.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -30,9 +33,13 @@ SIDES = {
     "peft-bf16-compile": "torch.compile of stock PEFT with bf16 adapters",
     "peft-compute32": "bitsandbytes' default compute dtype, fp32",
     "peft-liger": "stock PEFT with Liger's kernels",
+    "peft-bf16-liger": "stock PEFT with bf16 adapters and Liger's kernels",
     "peft-trl": "stock PEFT with TRL's fused LM head",
+    "peft-bf16-trl": "stock PEFT with bf16 adapters and TRL's fused LM head",
     "peft-lce": "stock PEFT with torch's linear_cross_entropy",
+    "peft-bf16-lce": "stock PEFT with bf16 adapters and torch's linear_cross_entropy",
 }
+INTERVAL = "tokens/s, [95 % interval] or (range of under six rounds)"
 
 
 def newest(folder: Path) -> dict[str, Path]:
@@ -63,7 +70,7 @@ def model_name(run: dict[str, Any]) -> str:
     base = {"nf4": "NF4", "fp4": "FP4", "int8": "int8"}.get(model["quantize"] or "", model["dtype"])
     more = ", prepared" if model.get("prepared") else ""
     more += ", checkpointing" if model["checkpointing"] else ""
-    more += f", {model['layout']}" if model.get("layout", "padded") != "padded" else ""
+    more += f", {model['layout']}" if model.get("layout") == "packed" or model.get("padding") else ""
     kind = "" if model["model_type"] == "llama" and "cpu" in model["preset"] else f" {model['model_type']}"
     return f"`{model['preset']}`{kind}, {base}, {model['batch']} x {model['seq']}{more}"
 
@@ -95,11 +102,11 @@ def headline(folder: Path) -> str:
                     side_name(base["name"], run, sum(base["warm_up_s"])),
                     f"{1e3 * base['step_s']['median']:.0f} ms",
                     f"{1e3 * ours['step_s']['median']:.0f} ms",
-                    f"**{ratio['median']:.2f}x** [{ratio['low']:.2f}, {ratio['high']:.2f}]",
+                    f"**{ratio['median']:.2f}x** {report.spread(ratio, run)}",
                     memory_cell(pair, sides),
                 )
             )
-    header = ("model, tokens", "baseline", "its step", "fuselora's", "tokens/s, 95 % interval", "peak above the model")
+    header = ("model, tokens", "baseline", "its step", "fuselora's", INTERVAL, "peak above the model")
     return markdown(header, rows)
 
 
@@ -122,13 +129,29 @@ def sides(folder: Path) -> str:
                     f"{used['above'] / 2**20:.0f}" if used else "-",
                 )
             )
-            joules = step.get("joules")
-            more.append((str(side.get("launches") or "-"), "-" if joules is None else f"{joules:.1f}"))
+            joules, reserved = step.get("joules"), (used or {}).get("reserved")
+            more.append(
+                (
+                    "-" if reserved is None else f"{reserved / 2**20:.0f}",
+                    str(side.get("launches") or "-"),
+                    "-" if joules is None else f"{joules:.1f}",
+                )
+            )
     header = ("model, tokens", "side", "step ms, median (p5-p95)", "forward + backward ms", "over bare GEMMs")
     header = (*header, "tokens/s", "warm-up s", "MiB above the model")
-    shown = [i for i in (0, 1) if any(cells[i] != "-" for cells in more)]
+    shown = [i for i in range(3) if any(cells[i] != "-" for cells in more)]
     rows = [(*row, *(cells[i] for i in shown)) for row, cells in zip(rows, more, strict=True)]
-    return markdown((*header, *(("launches", "J per step")[i] for i in shown)), rows)
+    return markdown((*header, *(("MiB reserved", "launches", "J per step")[i] for i in shown)), rows)
+
+
+def missing(folder: Path) -> str:
+    """Baselines that were asked for and did not run, with the reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for _, _, run in step_runs(folder):
+        for name, reason in run.get("missing", {}).items():
+            found.setdefault((name, reason), []).append(model_name(run))
+    rows = [(f"`{name}`", reason, "; ".join(of)) for (name, reason), of in found.items()]
+    return markdown(("side", "why it did not run", "model, tokens"), rows)
 
 
 def gemms(folder: Path) -> str:
@@ -145,7 +168,7 @@ def gemms(folder: Path) -> str:
                 f"{1e3 * bare['step_s']['median']:.0f} ms, {rate / 1e9:.0f} GFLOP/s",
                 f"{rate / run['limits'][_limit(run)]:.0%}",
                 f"{1e3 * ours['step_s']['median']:.0f} ms",
-                f"**{over['median']:.2f}x** [{over['low']:.2f}, {over['high']:.2f}]",
+                f"**{over['median']:.2f}x** {report.spread(over, run)}",
             )
         )
     header = ("model, tokens", "bare GEMMs", "of a square product's rate", "fuselora's step", "step over bare GEMMs")
@@ -183,7 +206,8 @@ def sources(folder: Path) -> str:
         if of is None:
             continue
         packages = ", ".join(f"{name} {of['packages'][name]}" for name in ("torch", "transformers", "peft"))
-        commit = (of["git"]["commit"] or "unknown")[:7] + (" + changes" if of["git"]["dirty"] else "")
+        commit = of["git"]["commit"] or f"source {of['git'].get('source', 'unknown')}"
+        commit = (commit if of["git"]["commit"] is None else commit[:7]) + (" + changes" if of["git"]["dirty"] else "")
         where = f"{of['gpu'] or of['cpu']}, {of['threads']} threads"
         link = f"[{path.name}]({path.relative_to(ROOT).as_posix()})" if path.is_relative_to(ROOT) else path.name
         rows.append((link, where, packages, commit, f"`{of['command']}`"))
@@ -200,7 +224,9 @@ def ops(folder: Path) -> str:
                 rows.append((f"`{entry['name']}`", entry.get("refused") or entry.get("missing") or "error", "", ""))
                 continue
             shares = [f"{entry[key]:.0%}" if key in entry else "" for key in ("share_of_copy", "share_of_matmul")]
-            rows.append((f"`{entry['name']}`", f"{1e3 * entry['seconds']:.3f} ms", *shares))
+            taken = f"{1e3 * entry['seconds']:.3f} ms"
+            taken += f" (forward {1e3 * entry['forward_s']:.3f})" if "forward_s" in entry else ""
+            rows.append((f"`{entry['name']}`", taken, *shares))
     return markdown(("op or function", "time", "of copy bandwidth", "of matmul rate"), rows)
 
 
@@ -211,9 +237,9 @@ def noise(folder: Path) -> str:
         for pair in run["comparisons"]:
             if pair["candidate"] == pair["baseline"]:
                 ratio = pair["speed_up"]
-                row = f"{ratio['median']:.3f}x [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+                row = f"{ratio['median']:.3f}x {report.spread(ratio, run, digits=3)}"
                 rows.append((model_name(run), f"`{pair['candidate']}` twice", row))
-    return markdown(("model, tokens", "sides", "tokens/s, 95 % interval"), rows)
+    return markdown(("model, tokens", "sides", INTERVAL), rows)
 
 
 def toggles(folder: Path) -> str:
@@ -223,7 +249,7 @@ def toggles(folder: Path) -> str:
         for pair in run["comparisons"]:
             if pair["baseline"].startswith(f"{pair['candidate']}/no-"):
                 kind, ratio = pair["baseline"].partition("/no-")[2], pair["speed_up"]
-                speed = f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+                speed = f"{ratio['median']:.2f}x {report.spread(ratio, run)}"
                 used = pair["memory_ratio"]
                 rows.append((model_name(run), f"`{kind}`", speed, "-" if used is None else f"{used:.2f}x"))
     return markdown(("model, tokens", "kind of fusion", "tokens/s with it", "memory with it"), rows)
@@ -244,25 +270,59 @@ def methods(folder: Path) -> str:
                     f"{e['trainable']:,}",
                     f"{e['loss_before']:.3f} -> **{e['loss']:.3f}**",
                     f"{e['tokens_per_s']:.0f}",
-                    f"{e['peak_resident'] / 2**20:.0f}",
+                    f"{e['peak_above_imports'] / 2**20:.0f}" if "peak_above_imports" in e else "-",
                     f"{e['saved_bytes'] / 2**20:.1f}",
                 )
             )
-    header = ("method", "trained weights", "held-out loss", "tokens/s", "peak MiB of the process", "MiB saved")
+    header = ("method", "trained weights", "held-out loss", "tokens/s", "peak MiB above the libraries", "MiB saved")
     return markdown(header, rows)
+
+
+@functools.cache
+def calibration(folder: Path) -> str:
+    """What predict.py says of the machine's measured steps, with the error; computed from the newest records."""
+    import predict  # it reads these tables
+
+    return predict.calibrate(folder)
 
 
 KINDS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "sides": sides,
+    "missing": missing,
     "gemms": gemms,
     "gates": gates,
     "noise": noise,
     "toggles": toggles,
     "methods": methods,
+    "calibration": calibration,
     "sources": sources,
     "ops": ops,
 }
+
+
+def keep(folder: Path) -> None:
+    """The records of ``folder`` under bench/results by machine and date, and the documents' tables made from them."""
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        of = record.get("environment") if isinstance(record, dict) else None
+        if of is None or record.get("smoke") or any("sides" not in run for run in record.get("runs", ())):
+            print(f"{path.name}: not kept, it holds no figures")
+            continue
+        target = RESULTS / of["machine"] / f"{path.stem}-{of['date']}.json"
+        report.write_json(record, target)
+        print(f"kept: {target.relative_to(RESULTS)}")
+    for unseen in undocumented():
+        print(
+            f"{unseen}: no table in {' or '.join(DOCUMENTS)} shows this machine; add <!-- table: headline {unseen} -->"
+        )
+    main(["--write"])
+
+
+def undocumented() -> list[str]:
+    """Machines with records that no document has a table of."""
+    text = "".join((ROOT / name).read_text() for name in DOCUMENTS)
+    return sorted(path.name for path in RESULTS.iterdir() if path.is_dir() and f" {path.name} -->" not in text)
 
 
 def filled(text: str, document: Path) -> str:

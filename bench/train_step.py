@@ -6,13 +6,13 @@
 
 ``models.py`` says what a side's name means, ``timing.py`` what a step is and how sides take turns, ``gemms.py`` what
 the bare matrix products of a step are, ``memory.py`` what peak memory means. The candidate passes the gate of
-``parity.py`` first; if it fails, no figure is measured and the exit code is 1. Bad arguments exit with 2.
+``parity.py`` first; if it fails, no figure is measured and the exit code is 1. Bad arguments exit with 2. A side that
+does not run here (not installed, out of memory, does not compile) is named with the reason and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import sys
@@ -33,112 +33,16 @@ import report
 import timing
 import torch
 from models import LoraShape
+from step_options import at_lengths, load_shape, parse_arguments, worker_arguments
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from fuselora.engine.heap import keep_freed_memory
 from fuselora.engine.patch import patch_report
 
 RATIO_FLOOR = 1  # bytes; a ratio to nothing is not a ratio
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="train_step.py"
-    )
-    shape = parser.add_argument_group("model and batch")
-    shape.add_argument("--preset", choices=sorted(presets.PRESETS), default="cpu")
-    shape.add_argument("--config", type=Path, help="a Hugging Face config.json instead of a preset")
-    shape.add_argument(
-        "--families", nargs="+", metavar="TYPE", help="build the preset's shape as each of these model types"
-    )
-    shape.add_argument("--batch", type=int)
-    shape.add_argument("--seq", type=int)
-    shape.add_argument("--rank", type=int, default=16)
-    shape.add_argument("--dropout", type=float, default=0.0, help="lora_dropout")
-    shape.add_argument("--dtype", choices=sorted(models.DTYPES), default="bf16")
-    shape.add_argument(
-        "--adapter-dtype", choices=("auto", "same"), default="auto", help="same: as the base, on all sides"
-    )
-    shape.add_argument(
-        "--quantize", choices=models.QUANTIZED, help="4-bit base, double quantised, or LLM.int8 (needs bitsandbytes)"
-    )
-    shape.add_argument("--prepared", action="store_true", help="all sides after PEFT's prepare_model_for_kbit_training")
-    shape.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on all sides")
-    shape.add_argument("--packed", action="store_true", help="rows of several documents, told by position_ids")
-    shape.add_argument("--lengths", nargs="+", type=int, metavar="SEQ", help="a run per length, as many tokens")
-    sides = parser.add_argument_group("sides")
-    sides.add_argument("--candidate", default="fuselora")
-    sides.add_argument("--baseline", nargs="*", default=["peft", "peft-bf16"])
-    sides.add_argument("--toggle", action="store_true", help="also run the candidate without each kind of fusion")
-    measure = parser.add_argument_group("measurement")
-    measure.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    measure.add_argument("--warmup", type=int, default=3, help="steps, reported apart")
-    measure.add_argument("--rounds", type=int, default=15)
-    measure.add_argument("--threads", type=int, help="default: torch's own choice")
-    measure.add_argument("--seed", type=int, default=0)
-    measure.add_argument(
-        "--heap",
-        choices=("kept", "default"),
-        default="kept",
-        help="kept: every side keeps freed memory, as fuselora's trainer does (engine/heap.py); default: malloc's own",
-    )
-    measure.add_argument("--memory-steps", type=int, default=memory.STEPS, help="steps of the memory processes")
-    measure.add_argument("--memory-processes", type=int, default=1, help="so many at a time")
-    measure.add_argument("--no-memory", action="store_true", help="skip the memory processes")
-    measure.add_argument("--parity-layers", type=int, default=2, help="layers of the gate's model, 0 for all")
-    measure.add_argument("--parity-seq", type=int, default=48)
-    measure.add_argument("--parity-steps", type=int, default=parity.CURVE_STEPS, help="length of the loss curves")
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", type=Path, help="write the record here")
-    output.add_argument("--save", type=Path, metavar="DIR", help="write it to DIR/<machine>/<preset>-<date>.json")
-    output.add_argument("--memory-worker", metavar="SIDE", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    try:
-        check_arguments(args)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-    return args
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Everything that can be wrong with the arguments, before anything is built."""
-    for name in [args.candidate, *args.baseline]:
-        models.parse_side(name)
-    if not args.baseline and not args.toggle and not args.memory_worker:
-        raise ValueError("--baseline: expected a side to compare with, got none; name one or add --toggle")
-    least = {"batch": 1, "seq": 8, "rank": 1, "warmup": 1, "rounds": 1, "threads": 1, "parity_seq": 8}
-    least |= {"parity_steps": 2, "memory_steps": 2, "memory_processes": 1}
-    for key, low in least.items():
-        value = getattr(args, key)
-        if value is not None and value < low:
-            raise ValueError(f"--{key.replace('_', '-')}: expected at least {low}, got {value}; raise it")
-    if not 0.0 <= args.dropout < 1.0:
-        raise ValueError(f"--dropout: expected 0 <= p < 1, got {args.dropout}; give a probability")
-    if args.prepared and not args.quantize:
-        raise ValueError("--prepared: expected --quantize with it, got a dense base; add --quantize nf4")
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device: expected a device of this machine, got {args.device!r}; use --device cpu")
-    presets.load_config(args.preset, args.config)
-
-
-def load_shape(args: argparse.Namespace, family: str | None) -> tuple[PreTrainedConfig, int, int]:
-    """Config, batch and sequence length; ``family`` replaces the preset's model type at the same widths."""
-    config, batch, seq = presets.load_config(args.preset, args.config)
-    if family is not None:
-        fields = dict(presets.PRESETS[args.preset].fields)
-        fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
-        config = AutoConfig.for_model(family, pad_token_id=0, bos_token_id=1, eos_token_id=2, **fields)
-    return config, args.batch or batch, args.seq or seq
-
-
-def at_lengths(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The arguments of each run of ``--lengths``: batch x seq tokens in rows of that length, at least one row."""
-    if not args.lengths:
-        return [args]
-    _, batch, seq = load_shape(args, None)
-    changes = ({"seq": length, "batch": max(1, batch * seq // length)} for length in args.lengths)
-    return [argparse.Namespace(**vars(args) | change) for change in changes]
+# What a baseline that does not run here ends with: not installed, out of memory, does not compile, another version.
+UNABLE = (ImportError, RuntimeError, AttributeError, TypeError, ValueError)
 
 
 def build_base(args: argparse.Namespace, config: PreTrainedConfig) -> nn.Module:
@@ -147,18 +51,39 @@ def build_base(args: argparse.Namespace, config: PreTrainedConfig) -> nn.Module:
     return models.build_base(config, dtype, device, args.seed, args.quantize, args.prepared)
 
 
-def build_trainers(
-    args: argparse.Namespace, base: nn.Module, config: PreTrainedConfig, names: Sequence[str], batch: int, seq: int
-) -> list[timing.Trainer]:
-    """One ``Trainer`` per side around ``base``."""
-    data = models.random_batch(config, batch, seq, torch.device(args.device), args.seed, packed=args.packed)
-    trainers = []
-    for name in names:
-        side = models.parse_side(name, args.adapter_dtype == "same")
-        lora = LoraShape(args.rank, args.dropout)
-        model = models.build_side(base, side, lora, checkpointing=args.checkpointing, seed=args.seed)
-        trainers.append(timing.Trainer(model, side, data | ladder.INPUTS.get(side.rung or "", {})))
-    return trainers
+def build_trainer(
+    args: argparse.Namespace, base: nn.Module, name: str, data: dict[str, torch.Tensor]
+) -> timing.Trainer:
+    """The ``Trainer`` of one side around ``base``."""
+    side, lora = models.parse_side(name, args.adapter_dtype == "same"), LoraShape(args.rank, args.dropout)
+    model = models.build_side(base, side, lora, checkpointing=args.checkpointing, seed=args.seed)
+    return timing.Trainer(model, side, data | ladder.INPUTS.get(side.rung or "", {}))
+
+
+def batch_of(args: argparse.Namespace, config: PreTrainedConfig, batch: int, seq: int) -> dict[str, torch.Tensor]:
+    return models.random_batch(config, batch, seq, torch.device(args.device), args.seed, args.layout)
+
+
+def ready_trainers(
+    args: argparse.Namespace, base: nn.Module, names: Sequence[str], data: dict[str, torch.Tensor]
+) -> tuple[dict[str, timing.Trainer], dict[str, list[float]], dict[str, str]]:
+    """Every side that gets through its first steps, their seconds, and why the others did not; names that repeat
+    (a null run) are told apart by a count."""
+    trainers: dict[str, timing.Trainer] = {}
+    warm_up: dict[str, list[float]] = {}
+    failed: dict[str, str] = {}
+    for i, name in enumerate(names):
+        key = f"{i} {name}"
+        try:
+            trainers[key] = build_trainer(args, base, name, data)
+            warm_up[key] = timing.warm_up(trainers[key], args.warmup)
+        except UNABLE as error:
+            if models.parse_side(name).patched and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            trainers.pop(key, None)
+            failed[name] = memory.one_line(f"{type(error).__name__}: {error}".partition("\n")[0])
+            memory.release(torch.device(args.device))
+    return trainers, warm_up, failed
 
 
 def bare_gemms(args: argparse.Namespace, base: nn.Module, data: dict[str, torch.Tensor]) -> gemms.BareGemms:
@@ -174,9 +99,9 @@ def memory_worker(args: argparse.Namespace) -> None:
     name, device = args.memory_worker, torch.device(args.device)
     tiny, tiny_batch, tiny_seq = presets.load_config("tiny", None)
     eager = name.replace("-compile", "")  # compiling the tiny model would add to the peak of the real one
-    build_trainers(args, build_base(args, tiny), tiny, [eager], tiny_batch, tiny_seq)[0].step()
+    build_trainer(args, build_base(args, tiny), eager, batch_of(args, tiny, tiny_batch, tiny_seq)).step()
     config, batch, seq = load_shape(args, family)
-    (trainer,) = build_trainers(args, build_base(args, config), config, [name], batch, seq)
+    trainer = build_trainer(args, build_base(args, config), name, batch_of(args, config, batch, seq))
     meter = memory.PeakMeter(device)
     meter.start()
     for _ in range(args.memory_steps):
@@ -199,7 +124,7 @@ def gate_sides(args: argparse.Namespace, config: PreTrainedConfig, names: Sequen
                 torch.device(args.device),
                 args.seed,
                 parity.GateShape(
-                    args.parity_layers, 2, args.parity_seq, args.checkpointing, args.parity_steps, args.packed
+                    args.parity_layers, 2, args.parity_seq, args.checkpointing, args.parity_steps, args.layout
                 ),
                 args.quantize,
                 args.prepared,
@@ -219,66 +144,103 @@ def fused_kinds(model: torch.nn.Module) -> dict[str, dict[str, int]]:
 
 
 def run(args: argparse.Namespace, family: str | None) -> dict[str, Any]:
-    """Gate, time and weigh all sides of one model. Without parity the record holds no figure of speed or memory."""
+    """Gate, weigh and time all sides of one model. Without parity the record holds no figure of speed or memory."""
     config, batch, seq = load_shape(args, family)
+    device = torch.device(args.device)
     print(
         f"{config.model_type} {args.config or args.preset}: {batch} x {seq} tokens, {args.dtype}, r={args.rank}",
         flush=True,
     )
-    record: dict[str, Any] = {"model": _describe(args, config, batch, seq)}
-    record["limits"] = machine.limits(machine.Stopwatch(torch.device(args.device)), smoke=args.preset == "tiny")
+    data = batch_of(args, config, batch, seq)
+    record: dict[str, Any] = {"model": _describe(args, config, data)}
+    record["limits"] = machine.limits(machine.Stopwatch(device), smoke=args.preset == "tiny")
     record["missing"] = missing = missing_sides(args, config)
-    baselines = [name for name in args.baseline if name not in missing]
-    names = [*baselines, args.candidate]
+    names = [*(name for name in args.baseline if name not in missing), args.candidate]
     gates = gate_sides(args, config, [args.candidate])
     if gates[0].ok and args.toggle:
-        kinds = _candidate_kinds(args, config)
-        toggles = [f"{args.candidate}/no-{kind}" for kind in kinds]
+        toggles = [f"{args.candidate}/no-{kind}" for kind in _candidate_kinds(args, config)]
         gates += gate_sides(args, config, toggles)
         names += toggles
     record["parity"] = [gate.record() for gate in gates]
     if not all(gate.ok for gate in gates):
         return record
-    base = build_base(args, config)
-    trainers = build_trainers(args, base, config, names, batch, seq)
-    candidate = trainers[len(baselines)]
-    record["patched"] = fused_kinds(candidate.model)
-    if candidate.side.patched and not any(statuses.get("fused") for statuses in record["patched"].values()):
-        raise RuntimeError(f"{args.candidate}: expected fused modules, got none:\n{patch_report(candidate.model)}")
-    warm_up = [timing.warm_up(trainer, args.warmup) for trainer in trainers]
-    bare = bare_gemms(args, base, candidate.batch)
-    timing.warm_up(bare, 1)
-    *times, products = timing.interleave([*trainers, bare], args.rounds)
-    record["gemms"] = {"flops": bare.flops, "products": len(bare.found), "step_s": timing.summary(products)}
-    launched = [layer.launches(trainer.step, trainer.device) for trainer in trainers]
-    del trainers, candidate, base, bare
-    used = [None] * len(names) if args.no_memory else weigh(args, family, names)
-    record["sides"] = [
-        {
-            "name": name,
-            "warm_up_s": warm_up[i],
-            "step_s": timing.summary(times[i]),
-            "steps_s": [t.total for t in times[i]],
-            "tokens_per_s": batch * seq / timing.summary(times[i])["median"],
-            "over_gemms": timing.speed_up(times[i], products),
-            "launches": launched[i],
-            "memory": used[i],
-        }
-        for i, name in enumerate(names)
-    ]
-    record["comparisons"] = _comparisons(len(baselines), names, times, used)
+    memory.release(device)  # the weighing processes need it
+    used = {} if args.no_memory else weigh(args, family, names, missing)
+    measure(args, config, [name for name in names if name not in missing], used, data, record)
+    memory.release(device)
     print(report.table(record), flush=True)
     return record
 
 
-def weigh(args: argparse.Namespace, family: str | None, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Memory of every side, each in its own process, ``--memory-processes`` of them at a time."""
+def measure(
+    args: argparse.Namespace,
+    config: PreTrainedConfig,
+    names: list[str],
+    used: dict[str, dict[str, Any]],
+    data: dict[str, torch.Tensor],
+    record: dict[str, Any],
+) -> None:
+    """Time the sides in turns and put their figures into ``record``. Without the candidate there is nothing to time."""
+    record |= {"sides": [], "comparisons": []}
+    if args.candidate not in names:
+        return
+    base = build_base(args, config)
+    ready, warm_up, failed = ready_trainers(args, base, names, data)
+    record["missing"] |= failed
+    trainers, names = list(ready.values()), [key.partition(" ")[2] for key in ready]
+    if args.candidate not in names:
+        return
+    candidate = trainers[len(names) - 1 - names[::-1].index(args.candidate)]
+    record["patched"] = fused_kinds(candidate.model)
+    if candidate.side.patched and not any(statuses.get("fused") for statuses in record["patched"].values()):
+        raise RuntimeError(f"{args.candidate}: expected fused modules, got none:\n{patch_report(candidate.model)}")
+    bare = bare_gemms(args, base, candidate.batch)
+    timing.warm_up(bare, 1)
+    *times, products = timing.interleave([*trainers, bare], args.rounds)
+    record["gemms"] = {"flops": bare.flops, "products": len(bare.found), "step_s": timing.summary(products)}
+    tokens = models.real_tokens(data)
+    record["sides"] = [
+        {
+            "name": name,
+            "warm_up_s": warm_up[key],
+            "step_s": timing.summary(of),
+            "steps_s": [t.total for t in of],
+            "tokens_per_s": tokens / timing.summary(of)["median"],
+            "over_gemms": timing.speed_up(of, products),
+            "launches": layer.launches(ready[key].step, ready[key].device),
+            "memory": used.get(name),
+        }
+        for key, name, of in zip(ready, names, times, strict=True)
+    ]
+    at = len(names) - 1 - names[::-1].index(args.candidate)
+    record["comparisons"] = _comparisons(at, names, times, [used.get(name) for name in names])
+
+
+def weigh(
+    args: argparse.Namespace, family: str | None, names: Sequence[str], missing: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Memory of every side, each in its own process, ``--memory-processes`` of them at a time. A side whose process
+    does not get through goes to ``missing``; a candidate's only if it ran out of memory."""
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "passive"
     )  # two processes that spin on the same cores take ten times as long
-    measure = functools.partial(memory.measure, _worker_arguments(args, family))
+    arguments, names, found = worker_arguments(args, family), list(dict.fromkeys(names)), {}
+
+    def one(name: str) -> dict[str, Any] | memory.Failed:
+        try:
+            return memory.measure(arguments, name)
+        except memory.Failed as failed:
+            return failed
+
     with ThreadPoolExecutor(args.memory_processes) as pool:
-        return list(pool.map(measure, names))
+        for name, got in zip(names, pool.map(one, names), strict=True):
+            if not isinstance(got, memory.Failed):
+                found[name] = got
+            elif models.parse_side(name).patched and "memory" not in str(got):
+                raise got
+            else:
+                missing[name] = str(got)
+    return found
 
 
 def missing_sides(args: argparse.Namespace, config: PreTrainedConfig) -> dict[str, str]:
@@ -288,13 +250,12 @@ def missing_sides(args: argparse.Namespace, config: PreTrainedConfig) -> dict[st
         rung = models.parse_side(name).rung
         if rung and (reason := ladder.unavailable(rung, config, torch.device(args.device))):
             found[name] = reason
-            print(f"{name}: not run: {reason}", flush=True)
     return found
 
 
 def _candidate_kinds(args: argparse.Namespace, config: PreTrainedConfig) -> list[str]:
     small = presets.with_layers(config, 1)
-    (trainer,) = build_trainers(args, build_base(args, small), small, [args.candidate], 1, 8)
+    trainer = build_trainer(args, build_base(args, small), args.candidate, batch_of(args, small, 1, 8))
     return sorted(kind for kind, status in fused_kinds(trainer.model).items() if status.get("fused"))
 
 
@@ -313,7 +274,8 @@ def _comparisons(at: int, names: list[str], times: list, used: list) -> list[dic
     ]
 
 
-def _describe(args: argparse.Namespace, config: PreTrainedConfig, batch: int, seq: int) -> dict[str, Any]:
+def _describe(args: argparse.Namespace, config: PreTrainedConfig, data: dict[str, torch.Tensor]) -> dict[str, Any]:
+    batch, seq = data["input_ids"].shape
     keys = (
         *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
         *("vocab_size", "tie_word_embeddings"),
@@ -330,24 +292,13 @@ def _describe(args: argparse.Namespace, config: PreTrainedConfig, batch: int, se
         "adapter_dtype": args.adapter_dtype,
         "quantize": args.quantize,
         "prepared": args.prepared,
-        "layout": "packed" if args.packed else "padded",
+        "layout": args.layout,
+        "padding": 1 - models.real_tokens(data) / (batch * seq),
         "checkpointing": args.checkpointing,
         "heap": "kept" if args.heap == "kept" and args.device == "cpu" else "default",
         "target_modules": "all-linear",
         "ignored_targets": "first quarter of each row",
     }
-
-
-def _worker_arguments(args: argparse.Namespace, family: str | None) -> list[str]:
-    passed = ["--preset", args.preset, "--rank", args.rank, "--dropout", args.dropout, "--dtype", args.dtype]
-    passed += ["--adapter-dtype", args.adapter_dtype, "--device", args.device, "--seed", args.seed]
-    passed += ["--heap", args.heap, "--memory-steps", args.memory_steps]
-    for key in ("config", "batch", "seq", "threads", "quantize"):
-        if getattr(args, key) is not None:
-            passed += [f"--{key}", getattr(args, key)]
-    passed += [f"--{flag}" for flag in ("checkpointing", "prepared", "packed") if getattr(args, flag)]
-    passed += ["--families", family] if family else []
-    return [str(item) for item in passed]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

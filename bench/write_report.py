@@ -19,6 +19,7 @@ import tables
 SECTIONS = {
     "headline": "fuselora against its baselines",
     "sides": "Every side",
+    "missing": "Baselines that did not run",
     "gemms": "The step over its bare matrix products",
     "gates": "Parity",
     "toggles": "What each kind of fusion is worth",

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import bench_all
 import gpu_suite
+import ladder
+import models
 import plans
 import pytest
 import report
@@ -32,19 +34,47 @@ def test_step_runs_have_arguments_that_parse(suite, plan):
 def test_gpu_plans_have_arguments_that_parse():
     for plan in gpu_suite.PLANS.values():
         for run in plan.values():
-            assert train_step.parse_arguments([*run.arguments, "--device", "cpu"]).baseline[:2] == ["peft", "peft-bf16"]
+            args = train_step.parse_arguments([*run.arguments, "--device", "cpu"])
+            assert args.toggle or args.baseline[0] == "peft"
 
 
 def test_the_default_plan_fits_twenty_minutes():
     assert sum(run.seconds for run in plans.CPU.values()) < 1200
 
 
+def test_the_headline_of_a_gpu_fits_one_call():
+    assert tuple(plans.GPU)[: len(plans.HEADLINE)] == plans.HEADLINE
+    assert sum(plans.GPU[name].seconds for name in plans.HEADLINE) < 540 < 600
+
+
+def test_stock_at_its_best_is_a_rung():
+    """bf16 adapters take away fp32 casts, compilation the rest: both together and under everyone's kernels."""
+    for plan in (plans.CPU["cpu"], plans.GPU["steps-0"]):
+        sides = [
+            models.parse_side(name)
+            for name in train_step.parse_arguments([*plan.arguments, "--device", "cpu"]).baseline
+        ]
+        assert any(side.compiled and side.same_dtype for side in sides)
+        assert {side.rung for side in sides if side.rung} == {*ladder.RUNGS, "unsloth"}
+        assert all(side.same_dtype for side in sides if side.rung in ladder.RUNGS)
+
+
 def test_the_grid_is_the_whole_product():
-    parsed = [train_step.parse_arguments(run.arguments) for run in plans.grid("cpu", 1e-3).values()]
-    points = {(a.quantize, a.prepared, a.adapter_dtype, a.checkpointing, a.packed, a.seq) for a in parsed}
-    assert len(points) == len(parsed) == 4 * 2 * 2 * len(plans.TOKENS)
-    assert {a.seq for a in parsed} == set(plans.TOKENS) and {a.batch for a in parsed} == {1}
-    assert all(a.baseline == list(plans.LADDER) for a in parsed)
+    runs = plans.grid("cpu", 1e-3).values()
+    parsed = [train_step.parse_arguments(run.arguments) for run in runs]
+    points = {(a.quantize, a.prepared, a.adapter_dtype, a.checkpointing, a.layout, a.batch * a.seq) for a in parsed}
+    assert len(points) == len(parsed) == 4 * 2 * 3 * len(plans.TOKENS)
+    assert {a.batch * a.seq for a in parsed} == set(plans.TOKENS)
+    for args in parsed:
+        sides = [models.parse_side(name, args.adapter_dtype == "same") for name in args.baseline]
+        different = {(side.compiled, side.same_dtype, side.rung) for side in sides}
+        assert len(different) == len(sides), "the same program twice"
+        assert {side.rung for side in sides if side.rung} == {*ladder.RUNGS, "unsloth"}
+        assert any(side.compiled for side in sides)
+    kinds = {
+        (a.quantize, a.prepared, a.adapter_dtype, a.checkpointing, a.layout) for a in parsed if a.parity_steps == 200
+    }
+    assert len(kinds) == 4 * 2 * 3, "a loss curve of 200 steps for each kind of step"
 
 
 def test_kept_records_fill_the_tables_and_failed_ones_do_not(tmp_path, monkeypatch, capsys):
@@ -58,7 +88,7 @@ def test_kept_records_fill_the_tables_and_failed_ones_do_not(tmp_path, monkeypat
         "suite": {"cpu": {}},
     }.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
-    bench_all.keep(tmp_path)
+    bench_all.tables.keep(tmp_path)
     assert [path.name for path in (tmp_path / "results" / "some-cpu").iterdir()] == ["good-2026-01-02.json"]
     assert capsys.readouterr().out.count("not kept, it holds no figures") == 3
 
@@ -77,19 +107,27 @@ def test_bad_arguments_exit_with_2_and_one_line(capsys, arguments, said):
     assert stop.value.code == 2 and said in err and err.count("\n") == 1
 
 
-def test_a_record_of_this_commit_is_not_repeated(suite, tmp_path, monkeypatch, capsys):
-    state = {"commit": "a" * 40, "dirty": False}
+def test_a_record_of_this_code_is_not_repeated(suite, tmp_path, monkeypatch, capsys):
+    state = {"commit": "a" * 40, "dirty": False, "source": "1234"}
     monkeypatch.setattr(report, "git_state", lambda: state)
     monkeypatch.setattr(bench_all.write_report, "write", lambda *folders: "report.md")
     started = []
     monkeypatch.setattr(suite, "run", lambda name, command, limit: started.append(name) or True)
     monkeypatch.setattr(type(suite), "left", 1e6)
     suite.args.only = ["cpu"]
-    for made, repeated in ((state, False), (state | {"dirty": True}, True), (state | {"commit": "b" * 40}, True)):
-        (tmp_path / "cpu.json").write_text(json.dumps({"environment": {"git": made}}))
+    for made, repeated in (
+        (state, False),
+        (state | {"source": "5678"}, True),
+        ({"commit": "a" * 40, "dirty": False}, True),
+    ):
+        (tmp_path / "cpu.json").write_text(json.dumps({"environment": {"git": made}, "runs": [{"sides": []}]}))
         started.clear()
         assert suite.all() and bool(started) is repeated
-    assert "cpu: its record is of this commit, not repeated" in capsys.readouterr().out
+    assert "cpu: its record is of this code, not repeated" in capsys.readouterr().out
+    failed = {"environment": {"git": state}, "runs": [{"sides": []}, {"parity": [{"ok": False}]}]}
+    (tmp_path / "cpu.json").write_text(json.dumps(failed))
+    started.clear()
+    assert suite.all() and started, "a run without parity must not pass for one that was measured"
 
 
 def test_what_does_not_fit_the_budget_is_said(suite, capsys, monkeypatch):

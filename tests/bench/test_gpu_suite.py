@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import gpu_suite
 import op_times
+import plans
 import pytest
 import report
 import suite_table
@@ -64,10 +66,14 @@ def test_a_failed_measurement_is_recorded_and_the_next_one_runs(stage):
     assert record["skipped"] == ["too long"] and stage.exit_code() == 1
 
 
-def test_a_stage_goes_on_where_the_same_commit_ended(tmp_path, monkeypatch):
+def test_a_stage_goes_on_where_the_same_code_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x.py", "--out", str(tmp_path), "--device", "cpu"])
     monkeypatch.setattr("stage.limits", lambda watch, smoke: {})
-    state = {"commit": "a" * 40, "dirty": False}
+    state = {
+        "commit": None,
+        "dirty": True,
+        "source": "1234",
+    }  # no repository, or a changed one: the code is what counts
     monkeypatch.setattr(report, "git_state", lambda: dict(state))
     first = Stage("demo", None)
     first.measure("good", lambda: {"seconds": 1.0})
@@ -77,7 +83,7 @@ def test_a_stage_goes_on_where_the_same_commit_ended(tmp_path, monkeypatch):
     again.measure("bad", lambda: {"seconds": 3.0})
     found = {entry["name"]: entry["seconds"] for entry in json.loads(again.path.read_text())["entries"]}
     assert found == {"good": 1.0, "bad": 3.0}
-    state["commit"] = "b" * 40
+    state["source"] = "5678"
     assert Stage("demo", None).record["entries"] == []
 
 
@@ -135,6 +141,55 @@ def test_a_stage_that_hangs_is_killed_and_said(tmp_path):
     (run,) = suite.results["first"]["runs"]
     assert run["ended"] == "out of time" and (tmp_path / "first.log").read_text() == "in\n"
     assert "out of time" in suite_table.table(tmp_path)
+
+
+class Options:
+    budget, only, device, smoke, plan, save = 600.0, None, "cpu", False, "headline", False
+
+    def __init__(self, out):
+        self.out = out
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Commands that the suite would start; those in ``fails`` end with 1."""
+    calls, fails = [], set()
+
+    def start(suite, name, command, limit):
+        calls.append(name)
+        ended = {"command": command, "s": 1.0, "ended": "failed with 1" if name in fails else "ok", "at": suite.state}
+        suite.results.setdefault(name, {"runs": []})["runs"].append(ended)
+        report.write_json(suite.results, suite.out / "suite.json")
+        if name == "steps" and name not in fails:
+            path = Path(command[command.index("--json") + 1])
+            report.write_json({"environment": {"git": report.git_state()}, "runs": [{"sides": []}]}, path)
+        return name not in fails
+
+    monkeypatch.setattr(gpu_suite.Suite, "run", start)
+    monkeypatch.setattr(suite_table, "table", lambda folder: "")
+    return calls, fails
+
+
+def test_a_second_call_repeats_neither_build_nor_tests_nor_steps(tmp_path, called):
+    calls, fails = called
+    fails.add("tests")
+    assert not gpu_suite.Suite(Options(tmp_path)).all()
+    first = Counter(calls)
+    assert first["build"] >= 1 and first["tests"] == 1 and first["steps"] == len(plans.GPU)
+    calls.clear(), fails.clear()
+    assert gpu_suite.Suite(Options(tmp_path)).all()
+    again = Counter(calls)
+    assert "build" not in again and again["tests"] == 1, "what failed is tried again, what passed is not"
+    assert again["steps"] == 0
+    text = (tmp_path / "suite.json").read_text()
+    (tmp_path / "suite.json").write_text(text.replace(report.source_hash(), "of other code"))
+    assert not gpu_suite.Suite(Options(tmp_path)).passed("build")
+
+
+def test_the_headline_comes_before_the_ops(tmp_path, called, monkeypatch):
+    calls, _ = called
+    gpu_suite.Suite(Options(tmp_path)).all()
+    assert calls.index("steps") < calls.index("kernels")
 
 
 def test_no_cuda_device_ends_with_2_and_one_line(capsys):

@@ -38,6 +38,37 @@ def test_every_machine_predicts_a_gain_and_says_that_it_is_a_prediction(capsys):
         assert gain > 1.2, printed
 
 
+@pytest.mark.parametrize(("machine", "said"), [("t4", "DOES NOT FIT"), ("h200", ": fits")])
+def test_a_model_that_does_not_fit_the_card_is_said(machine, said):
+    config, batch, seq = presets.load_config("llama-3-8b", None)
+    line = predict.fits(config, batch, seq, predict.MACHINES[machine])
+    assert said in line and 25 < float(line.split(": ")[1].split()[0]) < 45  # weights 16 GB, activations 12 by kernels
+
+
+def test_the_floor_of_llama_3_8b_is_that_of_its_products_by_hand():
+    """32 layers of q, o (4096 x 4096), k, v (1024), gate, up, down (14336), the head, causal attention: 2 x 2048."""
+    config, batch, seq = presets.load_config("llama-3-8b", None)
+    weights = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    flops = 32 * (4 * 4096 * weights + 7 * 2 * 32 * 2048**2 * 128) + 4 * 4096 * 4096 * 128256
+    p = predict.predict(config, "fuselora", batch, seq, MACHINE, LoraShape())
+    assert p.floor == pytest.approx(flops / MACHINE["matmul_flop_per_s"], rel=0.02)
+    assert 1.0 < p.step / p.floor < 1.25
+
+
+def test_a_family_is_predicted_as_that_family(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        predict, "predict", lambda config, *rest: seen.append(config.model_type) or predict.Prediction(1, 0, 1)
+    )
+    model = {"preset": "cpu", "model_type": "gemma2", "dtype": "bf16", "batch": 2, "seq": 512, "rank": 16}
+    model |= {"quantize": None, "checkpointing": False, "layout": "full", "padding": 0.0}
+    limits = {"copy_bytes_per_s": 2e10, "matmul_flop_per_s": 4e11}
+    run = {"model": model, "limits": limits, "comparisons": [], "sides": [{"name": "peft", "step_s": {"median": 2.0}}]}
+    packed = run | {"model": model | {"layout": "packed"}}
+    (tmp_path / "cpu.json").write_text(json.dumps({"environment": {}, "runs": [run, packed]}))
+    assert predict.calibrate(tmp_path).endswith("| -50% |") and seen == ["gemma2"]
+
+
 def test_calibration_shows_the_error_of_measured_steps(tmp_path, capsys):
     config, batch, seq = presets.load_config("cpu", None)
     limits = {"copy_bytes_per_s": 2e10, "matmul_flop_per_s": 4e11, "matmul_fp32_flop_per_s": 1e11}

@@ -14,7 +14,7 @@ from matplotlib import image
 
 
 def run_record(seq=512, candidate="fuselora", quantize=None):
-    step = {"median": 1.0, "p5": 0.9, "p95": 1.1, "forward": 0.4, "backward": 0.6, "optimizer": 0.0, "rounds": 5}
+    step = {"median": 1.0, "p5": 0.9, "p95": 1.1, "forward": 0.4, "backward": 0.6, "optimizer": 0.0, "rounds": 8}
     sides = [
         {
             "name": name,
@@ -94,6 +94,13 @@ def test_sweeps_group_what_differs_in_length_only(folder):
 
 def test_documents_hold_the_tables_of_the_committed_records(capsys):
     assert tables.main([]) == 0, capsys.readouterr().out
+
+
+def test_every_machine_with_records_has_a_table(monkeypatch, tmp_path):
+    assert tables.undocumented() == []
+    (tmp_path / "nvidia-h100-80gb-hbm3").mkdir()
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.undocumented() == ["nvidia-h100-80gb-hbm3"]
 
 
 def test_a_changed_figure_in_a_document_is_found(monkeypatch, tmp_path):

@@ -23,6 +23,7 @@ SCRIPTS = (
     "parity",
     "presets",
     "report",
+    "step_options",
     "timing",
     "train_step",
 )
@@ -83,6 +84,90 @@ def test_memory_of_a_side_in_its_own_process(bench):
     assert used["peak"] - used["model"] == used["above"] > 0
     assert 0 < used["weights"] < used["model"]
     assert used["meter"].startswith("VmHWM")
+
+
+def test_a_baseline_whose_process_runs_out_of_memory_is_named_and_the_others_go_on(bench, tmp_path, monkeypatch):
+    failed = bench["memory"].Failed
+
+    def measure(arguments, side):
+        if side == "peft-bf16":
+            raise failed("torch.OutOfMemoryError: CUDA out of memory")
+        return {"above": 1 << 20, "peak": 2 << 20, "model": 1 << 20}
+
+    monkeypatch.setattr(bench["memory"], "measure", measure)
+    path = tmp_path / "out.json"
+    assert bench["train_step"].main([*QUICK, "peft-bf16", "--json", str(path)]) == 0
+    (run,) = json.loads(path.read_text())["runs"]
+    assert run["missing"] == {"peft-bf16": "torch.OutOfMemoryError: CUDA out of memory"}
+    assert [side["name"] for side in run["sides"]] == ["peft", "fuselora"] and run["sides"][0]["memory"]["above"]
+
+
+def test_a_baseline_that_fails_at_its_first_step_is_named(bench, tmp_path, monkeypatch, capsys):
+    build = bench["models"].build_side
+    error = RuntimeError("inductor: no C++ compiler\nand a trace")
+
+    def broken(base, side, *rest, **options):
+        if side.name == "peft-bf16":
+            raise error
+        return build(base, side, *rest, **options)
+
+    monkeypatch.setattr(bench["models"], "build_side", broken)
+    path = tmp_path / "out.json"
+    arguments = ["--no-memory", "--json", str(path)]
+    assert bench["train_step"].main([*QUICK, "peft-bf16", *arguments]) == 0
+    (run,) = json.loads(path.read_text())["runs"]
+    assert run["missing"] == {"peft-bf16": "RuntimeError: inductor: no C++ compiler"} and len(run["comparisons"]) == 1
+    assert "peft-bf16: not run: RuntimeError: inductor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("error", "raised"), [(torch.OutOfMemoryError("too long"), False), (TypeError("bug"), True)])
+def test_a_candidate_may_lack_memory_but_not_fail(bench, monkeypatch, error, raised):
+    step, base = bench["train_step"], object()
+    monkeypatch.setattr(step, "build_trainer", lambda *args: (_ for _ in ()).throw(error))
+    args = step.parse_arguments(QUICK)
+    if raised:
+        with pytest.raises(TypeError, match="bug"):
+            step.ready_trainers(args, base, ["fuselora"], {})
+    else:
+        assert step.ready_trainers(args, base, ["fuselora"], {})[2] == {"fuselora": "OutOfMemoryError: too long"}
+
+
+def test_a_killed_process_is_told_from_an_error(bench, monkeypatch):
+    memory = bench["memory"]
+    for code, stderr, said in (
+        (-9, "", "ended by SIGKILL; SIGKILL: no memory was left"),
+        (1, "Traceback\n  x = 1\ntorch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n\n", "CUDA out of memory"),
+    ):
+        done = type("Done", (), {"returncode": code, "stderr": stderr, "stdout": ""})
+        monkeypatch.setattr(memory.subprocess, "run", lambda *args, done=done, **options: done)
+        with pytest.raises(memory.Failed, match=said):
+            memory.measure([], "peft")
+
+
+def test_padding_is_masked_ignored_and_not_counted(bench):
+    models = bench["models"]
+    config, _, _ = bench["presets"].load_config("tiny", None)
+    data = models.random_batch(config, 4, 64, torch.device("cpu"), 0, "padded")
+    mask, real = data["attention_mask"], models.real_tokens(data)
+    assert real == int(mask.sum()) < 4 * 64 and mask[0].all() and (mask.diff(dim=1) <= 0).all()
+    assert (data["labels"][mask == 0] == -100).all() and (data["labels"] != -100).any(dim=1).all()
+    full = models.random_batch(config, 4, 64, torch.device("cpu"), 0)
+    assert models.real_tokens(full) == 256 and torch.equal(full["input_ids"], data["input_ids"])
+
+
+def test_padded_rows_pass_the_gate_and_count_real_tokens(bench, tmp_path):
+    path = tmp_path / "out.json"
+    assert bench["train_step"].main([*QUICK, "--padded", "--no-memory", "--json", str(path)]) == 0
+    (run,) = json.loads(path.read_text())["runs"]
+    assert run["parity"][0]["ok"] and run["model"]["layout"] == "padded" and 0 < run["model"]["padding"] < 1
+    real = 48 * (1 - run["model"]["padding"])
+    assert run["sides"][0]["tokens_per_s"] == pytest.approx(real / run["sides"][0]["step_s"]["median"])
+
+
+def test_few_rounds_have_a_range_and_no_interval(bench):
+    report, ratio = bench["report"], {"median": 2.0, "low": 1.5, "high": 2.5}
+    for rounds, text in ((5, "(1.50 to 2.50)"), (6, "[1.50, 2.50]")):
+        assert report.spread(ratio, {"sides": [{"step_s": {"rounds": rounds}}]}) == text
 
 
 def test_peak_meter_sees_what_was_freed_again(bench):
