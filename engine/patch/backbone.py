@@ -8,7 +8,7 @@ Nothing else of the stack changes.
 
 Documents are found as stock finds them, where position ids do not count on. Stock looks only without an attention mask
 and without a cache; we also look beside a mask and an empty cache, and then take places where real tokens restart at
-position 0.
+position 0. Where attention isn't native, stock is given such a call without its mask of ones and without a cache.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class FusedBackbone(PolicySwitches, Fused):
 
     def fuse_note(self: Any) -> str:
         reason = self.fuse_ranges_reason()
-        return f"masks are dense: {reason}" if reason else noted(self)
+        return "; ".join(filter(None, (f"masks are dense: {reason}" if reason else "", noted(self))))
 
     def fuse_ranges_reason(self: Any) -> str | None:
         """Why the layers can't take ranges, or None."""
@@ -123,6 +123,28 @@ class FusedBackbone(PolicySwitches, Fused):
         starts = document_starts(position_ids.expand(batch, -1), mask, like_stock)
         return None if starts is None else ranges_from_documents(starts)
 
+    def fuse_overlooked(
+        self: Any, x: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Any, options: dict[str, Any]
+    ) -> bool:
+        """Whether there are packed documents that stock would find without this call's mask and cache only."""
+        use_cache = options.get("use_cache")
+        if position_ids is None or position_ids.shape != x.shape[:2] or cache is not None or use_cache is True:
+            return False
+        if torch.compiler.is_compiling() or isinstance(position_ids, FakeTensor):
+            return False
+        if mask is None and not (getattr(self.config, "use_cache", False) if use_cache is None else use_cache):
+            return False  # stock looks by itself
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != x.shape[:2]):
+            return False
+        starts = document_starts(position_ids, mask, False)
+        if starts is None:
+            return False
+        if mask is not None and not (mask != 0).all():
+            if (starts[:, 1:] & (mask[:, :-1] != 0)).any():
+                note(self, "documents packed beside padding saw each other: their attention was not native")
+            return False
+        return True
+
     def forward(
         self: Any,
         input_ids: Tensor | None = None,
@@ -138,6 +160,8 @@ class FusedBackbone(PolicySwitches, Fused):
         ranges = None
         if x is not None:
             ranges = self.fuse_ranges(x, attention_mask, position_ids, past_key_values, kwargs)
+            if ranges is None and self.fuse_overlooked(x, attention_mask, position_ids, past_key_values, kwargs):
+                attention_mask, kwargs = None, kwargs | {"use_cache": False}
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask if ranges is None else ranges,

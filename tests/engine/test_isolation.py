@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tests.support.models import FAMILIES, base_model, lora_model
+from tests.support.models import FAMILIES, base_model, lora_model, packed_batch
 
 import fuselora
 from fuselora.engine import isolation, longlora
@@ -63,6 +63,43 @@ def test_shifted_attention_is_asked_in_whole_groups(make_config):
     model = lora_model("llama")
     model.set_attn_implementation(longlora.register(16))
     check_apart(model, make_config(packing=True, shift_attn=True, cutoff_len=64), 0)
+
+
+@pytest.mark.parametrize("extra", ["nothing", "ones", "a cache", "ones and a cache"])
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [(family, {}) for family in FAMILIES]
+    + [(family, {"attn_implementation": "eager"}) for family in ("llama", "mistral", "gemma3_text")]
+    + [(family, {"attention_dropout": 0.2}) for family in ("llama", "gemma2")],
+)
+def test_patched_models_keep_documents_apart_beside_a_mask_of_ones_and_a_cache(family, keys, extra):
+    """To the bit, natively and through transformers' attention; stock forgets to with either."""
+    model = fuselora.patch_model(lora_model(family, num_hidden_layers=2, **keys))
+    inputs = packed_batch((5, 9, 4))
+    inputs.pop("labels")
+    if "cache" in extra:
+        del inputs["use_cache"]  # the config's default is true
+    if "ones" in extra:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    changed["input_ids"][0, 5:14] = 3
+    logits = []
+    for one in (inputs, changed):
+        torch.manual_seed(0)
+        logits.append(model(**one).logits[0].detach())
+    assert torch.equal(logits[0][:5], logits[1][:5]) and torch.equal(logits[0][14:], logits[1][14:])
+    assert not torch.equal(logits[0][5:14], logits[1][5:14])
+
+
+def test_documents_beside_padding_are_reported_where_they_see_each_other():
+    """Without native attention; padding alone, whose positions begin anew at the first real token, is no document."""
+    model = fuselora.patch_model(lora_model("llama", attn_implementation="eager"))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    ids = torch.arange(3, 9)[None]
+    model(input_ids=ids, attention_mask=mask, position_ids=torch.tensor([[1, 1, 0, 1, 2, 3]]), use_cache=False)
+    assert "saw each other" not in str(fuselora.patch_report(model))
+    model(input_ids=ids, attention_mask=mask, position_ids=torch.tensor([[1, 1, 0, 1, 0, 1]]), use_cache=False)
+    assert "documents packed beside padding saw each other" in str(fuselora.patch_report(model))
 
 
 def test_a_run_is_refused_before_its_first_step(make_config, tokenizer, tmp_path, monkeypatch):
