@@ -36,8 +36,8 @@ class StepPlan:
 
     @property
     def tokens(self) -> int:
-        """Trained tokens of the step."""
-        return sum(example.trained for example in self.examples)
+        """Trained tokens of the step, which divide its loss: 1 where there is none, whose loss is then 0."""
+        return max(1, sum(example.trained for example in self.examples))
 
 
 class StepData:

@@ -2,14 +2,17 @@
 
 import json
 import random
+import time
 
 import numpy
 import pytest
 import torch
 
 from fuselora.engine import checkpoint, checkpoint_state
+from fuselora.engine.config import Config
 from fuselora.engine.data import load_data
 from fuselora.engine.errors import UserError
+from fuselora.engine.loop_callbacks import SilentLog
 from fuselora.engine.model import build_model
 from fuselora.engine.output import open_output_dir
 from fuselora.engine.patch import patch_model
@@ -272,3 +275,21 @@ def test_another_base_of_the_same_shape_is_refused(start):
         next(p for p in other.model.parameters() if not p.requires_grad).mul_(1.01)
     with pytest.raises(UserError, match="base and adapter weights"):
         other.resume()
+
+
+def test_what_a_save_costs(start, tmp_path):
+    """In processor time: hashing at 500 MB/s or more, and a save at most 5 % of the steps between two."""
+    trainer = start("out")
+    trainer.log = SilentLog(8)
+    trainer.training_step()
+    began = time.process_time()
+    for _ in range(5):
+        trainer.training_step()
+    step = (time.process_time() - began) / 5
+    began = time.process_time()
+    trainer.save()
+    assert time.process_time() - began <= 0.05 * Config.save_steps * step
+    (tmp_path / "large").write_bytes(bytes(64_000_000))
+    began = time.process_time()
+    checkpoint._sha256(tmp_path / "large")
+    assert 64 / (time.process_time() - began) >= 500

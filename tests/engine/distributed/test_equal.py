@@ -103,3 +103,14 @@ def test_resume_into_another_world_size(run, keys, tmp_path, tiny_base):
     assert_equal_runs(straight, on)
     back = run(2, "cut", **keys | constant | {"max_steps": 7}, per_device_train_batch_size=4)
     assert losses(back[0])[:5] == losses(on[0]) and len(losses(back[0])) == 7
+
+
+@pytest.mark.parametrize("keys", [{}, {"fsdp": "full_shard"}], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("patch", [False, True], ids=["stock", "patched"])
+def test_a_process_without_a_row_counts_for_nothing(run, keys, patch):
+    """One row a step, whose mean over trained tokens stock takes; the other process has none, at every step."""
+    alone = KEYS | {"max_steps": 3, "max_samples": 9, "val_size": 6, "save_strategy": "no"}
+    one = run(1, "one", **alone, per_device_train_batch_size=4)
+    two = run(2, "two", patch=patch, **alone, **keys, per_device_train_batch_size=4)
+    assert losses(two[0]) == pytest.approx(losses(one[0]), rel=1e-6)
+    assert losses(two[0], "grad_norm") == pytest.approx(losses(one[0], "grad_norm"), rel=1e-5)

@@ -1,11 +1,14 @@
 """One process of two dies, hangs, is told to stop, or meets NaN: the job ends, in time, with a sentence."""
 
+import json
+import math
 import os
 import signal
 import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fuselora.engine import checkpoint, distributed, loop_faults
 from fuselora.engine.data import load_data
@@ -41,8 +44,9 @@ def run(make_config, tiny_base, tokenizer, launch, tmp_path):
             trainer.callbacks = [callback]
             if damage:
                 damage(trainer)
+            trainer.resume()
             if world.main:
-                open_output_dir(config)
+                open_output_dir(config, resumed=trainer.resumed)
             return trainer.fit()
 
         return *launch(2, one), tmp_path / "out"
@@ -59,6 +63,11 @@ def test_a_killed_process_ends_the_job(run, rank, keys):
         f"processes: expected all 2 to stay, got one that ended or hangs, seen by rank {1 - rank}" in errors[1 - rank]
     )
     assert "checkpoint-2" in errors[1 - rank] and checkpoint.find_resume(out, "auto").name == "checkpoint-2"
+    codes, _, errors, out = run(Callback(), **keys)
+    assert codes == [0, 0], errors
+    assert checkpoint.find_resume(out, "auto").name == "checkpoint-8"
+    records = [json.loads(line) for line in (out / "trainer_log.jsonl").open()]
+    assert [record["current_steps"] for record in records] == list(range(1, 9))
 
 
 def test_a_signal_to_one_process_stops_both_at_one_step(run):
@@ -105,3 +114,25 @@ def test_nan_in_one_process_stops_both_and_names_its_module(run):
         assert "step 5: expected a finite loss" in error and "layers.1.mlp.up_proj.base_layer.weight" in error, error
         assert "checkpoint-4" in error
     assert checkpoint.find_resume(out, "auto").name == "checkpoint-4"
+
+
+@pytest.mark.parametrize("keys", [{}, {"fsdp": "full_shard"}], ids=["ddp", "fsdp2"])
+def test_nan_in_one_process_rolls_both_back(run, keys):
+    """To the same checkpoint, whose weights the next one holds, and on with the batches after the bad one."""
+
+    def damage(trainer):
+        loss = trainer.stepper.loss
+        trainer.stepper.loss = lambda *args: (
+            loss(*args) * (math.nan if (trainer.world.rank, trainer.step) == (1, 5) else 1)
+        )
+
+    codes, _, errors, out = run(
+        Callback(), damage=damage, on_nonfinite="rollback", lr_scheduler_type="constant", **keys
+    )
+    assert codes == [0, 0], errors
+    weights = [load_file(out / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (4, 6, 8)]
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+    assert any(not torch.equal(weights[1][name], tensor) for name, tensor in weights[2].items())
+    assert all(torch.isfinite(tensor).all() for tensor in weights[2].values())
+    records = [json.loads(line) for line in (out / "trainer_log.jsonl").open()]
+    assert [record["rolled_back_to"] for record in records if "rolled_back_to" in record] == [4]
