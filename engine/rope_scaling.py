@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fuselora.engine.errors import expected
+from fuselora.engine.errors import expected, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -65,6 +65,11 @@ def scale_rope(
     config.rope_parameters = parameters
     if kind != "dynamic":
         config.max_position_embeddings = trained * int(factor)
+    try:
+        config.validate_rope()
+    except ValueError as error:  # of a family that knows one kind only: it would train and then could not be saved
+        config.rope_parameters, config.max_position_embeddings = present, trained
+        raise expected("rope_scaling", f"a kind that {config.model_type} has", first_line(error), "drop it") from error
     return factor
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tests.support.models import SIZES, VOCAB, batch, lora_model
+from tests.support.models import SIZES, VOCAB, base_model, batch, lora_model
 from tests.support.parity import assert_all_fused
 from tests.support.twins import SMALL, twins_of
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -131,6 +131,31 @@ def test_refusals():
         scale_rope(AutoConfig.for_model("gpt2"), "linear", 5000)
     with pytest.raises(UserError, match="no key for a model with longrope"):
         scale_rope(scaled("longrope"), "yarn", 200)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_family_that_knows_longrope_only(kind):
+    """Phi-3's configuration would load and train, and fail when the model is saved."""
+    config = AutoConfig.for_model("phi3", **{**SIZES, "max_position_embeddings": TRAINED})
+    before = config.to_dict()
+    with pytest.raises(
+        UserError, match=rf"rope_scaling: expected a kind that phi3 has, got .*longrope.*{kind}; drop it"
+    ):
+        scale_rope(config, kind, LONG)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_a_saved_model_reads_as_far(kind, tmp_path):
+    model = base_model("llama", **{**SMALL, **model_keys(scaled(kind))}).eval()
+    model.save_pretrained(tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert read.config.rope_parameters == model.config.rope_parameters
+    assert read.config.max_position_embeddings == model.config.max_position_embeddings
+    with torch.no_grad():
+        for length in (LONG, 12):
+            ids = batch(1, length)["input_ids"]
+            assert torch.equal(read(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
 FAMILIES = [("llama", kind) for kind in ALL_KINDS] + [
