@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from peft import PeftModel
 from tests.support.models import batch, lora_model, packed_batch
 from tests.support.parity import assert_all_fused
 from tests.support.twins import SMALL, twins_of
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fuselora.engine import attention_dispatch, longlora
 from fuselora.engine.data import load_data
@@ -184,6 +185,31 @@ def test_a_run_with_norms_and_embeddings(make_config, tiny_base, tokenizer, pack
     losses = [record["loss"] for record in trainer.log.records if "loss" in record]
     assert losses[-1] < losses[0]
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_stock_peft_reads_what_was_trained(make_config, tiny_base, tmp_path, monkeypatch):
+    """Norms and embeddings lie in the adapter's file; without fuselora it attends in full, as evaluation does here."""
+    from fuselora.engine import output
+    from fuselora.train import train
+
+    kept = []
+    write = output.write_run
+    monkeypatch.setattr(output, "write_run", lambda model, *a, **k: (kept.append(model), write(model, *a, **k))[1])
+    keys = {"shift_attn": True, "cutoff_len": 64, "additional_target": "embed_tokens,norm", "fuse": True}
+    assert train(make_config(**keys, max_steps=3)) == 0
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    stock = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    trained = {name: p for name, p in kept[0].named_parameters() if p.requires_grad}
+    assert sum("modules_to_save" in name for name in trained) == 6
+    found = dict(stock.named_parameters())
+    assert all(torch.equal(found[name], p) for name, p in trained.items())
+    assert not torch.equal(
+        found[next(n for n in trained if "embed_tokens" in n)], base.get_input_embeddings().original_module.weight
+    )
+    inputs = batch(2, 13)
+    with torch.no_grad():
+        logits = [model(input_ids=inputs["input_ids"]).logits for model in (kept[0].eval(), stock)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
 def test_keys_that_do_not_go_together(make_config):
