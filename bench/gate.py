@@ -101,11 +101,16 @@ def compare(
         first = len(launches) % len(sides)
         launches.append(launch(sides[first:] + sides[:first], rounds))
         result = {"parity": parity, **judged(launches)}
-        found = result["slower"] or result["larger"]
-        sure = result["seen"] <= SURE or time.monotonic() > end
-        if len(launches) >= CONFIRM if found else len(launches) >= LEAST and sure:
+        if enough(len(launches), result, out_of_time=time.monotonic() > end):
             return result
         print(f"after {len(launches)} launches: {describe(result)}", flush=True)
+
+
+def enough(launches: int, result: dict[str, Any], out_of_time: bool) -> bool:
+    """Whether a verdict stands: a finding after CONFIRM launches, none when it would be seen or time is over."""
+    if result["slower"] or result["larger"]:
+        return launches >= CONFIRM
+    return launches >= LEAST and (result["seen"] <= SURE or out_of_time)
 
 
 def launch(sides: Sequence[tuple[str, Path, Sequence[str]]], rounds: int) -> dict[str, dict[str, Any]]:

@@ -43,7 +43,7 @@ def bars(rows: Sequence[tuple[str, float, tuple[float, float] | None]], title: s
         axes.annotate(f"{value:.2f}x", (right, at), xytext=(6, 0), textcoords="offset points", va="center", color=INK)
     axes.axvline(1.0, color=INK, linewidth=1, linestyle="--")
     axes.set_yticks(range(len(rows)), [label for label, _, _ in rows], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 1.15 * max(1.0, *(max(value, (i or (0, 0))[1]) for _, value, i in rows)))
     axes.set_xlabel(unit)
     axes.set_title(title, fontsize=11)
@@ -57,7 +57,7 @@ def speed_up(runs: Sequence[Run], path: Path) -> None:
     bars(
         rows,
         "Training steps: speed of fuselora",
-        "tokens/s, ratio to the baseline (higher is better; 95 % interval)",
+        "tokens/s, ratio to the baseline (higher is better; 95 % interval, or range of under six rounds)",
         path,
     )
 
@@ -73,18 +73,27 @@ def memory(runs: Sequence[Run], path: Path) -> None:
 
 
 def sweeps(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in nothing but batch and length, by name, where there are at least two."""
+    """Runs that differ in nothing but batch and length, by name, where there are at least two lengths. Of several runs
+    of one length the one with the most sides counts, those without a kind of fusion not taken."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        model = {key: value for key, value in run["model"].items() if key not in ("batch", "seq")}
+        model = {key: value for key, value in run["model"].items() if key not in ("batch", "seq", "padding")}
         groups.setdefault(json.dumps(model, sort_keys=True), []).append(run)
     found = {}
     for group in groups.values():
-        by_length = {run["model"]["seq"]: run for run in group}
+        by_length: dict[int, Run] = {}
+        for run in sorted(group, key=_plain_sides):
+            by_length[run["model"]["seq"]] = run
         if len(by_length) > 1:
-            name = tables.model_name(group[0]).replace("`", "").rpartition(", ")[0]
+            model = group[0]["model"]
+            size = f", {model['batch']} x {model['seq']}"
+            name = tables.model_name(group[0]).replace("`", "").replace(size, "")
             found[name] = [by_length[seq] for seq in sorted(by_length)]
     return found
+
+
+def _plain_sides(run: Run) -> int:
+    return len({side["name"] for side in run["sides"] if "/no-" not in side["name"]})
 
 
 def lengths(name_of_sweep: str, runs: Sequence[Run], path: Path) -> None:
@@ -110,7 +119,7 @@ def lengths(name_of_sweep: str, runs: Sequence[Run], path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     panels[0][0].legend(fontsize=8, frameon=False)
-    figure.suptitle(f"{name_of_sweep}: length", fontsize=11)
+    figure.suptitle(f"{name_of_sweep}: by length of row", fontsize=11)
     _finish(figure, None, path)
 
 
@@ -127,6 +136,7 @@ def roofline(record: dict[str, Any], path: Path) -> None:
     ops = list(dict.fromkeys(e["name"].split()[1] for e in points))
     marks = "osD^vP*X<>h"  # eleven, so that with six colours no two of 66 ops look alike
     for i, op in enumerate(ops):
+        unnamed = True
         for reference in (False, True):
             of = [e for e in points if e["name"].split()[1] == op and e["name"].endswith(" reference") is reference]
             if of:
@@ -140,8 +150,9 @@ def roofline(record: dict[str, Any], path: Path) -> None:
                         "facecolors": fill,
                         "edgecolors": COLOURS[i % len(COLOURS)],
                     },
-                    label=None if reference else op,
+                    label=op if unnamed else None,
                 )
+                unnamed = False
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOP per byte of the op's cost model")

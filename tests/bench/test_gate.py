@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import gate
+import gate_rates
 import gate_worker
 import pytest
 
@@ -142,6 +145,17 @@ def test_the_gradient_that_the_gate_plants_itself_is_caught(capsys):
     assert gate.main(["--preset", "tiny", "--plant", "gradient"]) == 0
     printed = capsys.readouterr()
     assert "gate: wrong: a gradient" in printed.err and "caught: gradient" in printed.out
+
+
+def test_simulated_rates_of_false_alarms_and_findings(capsys, tmp_path):
+    steps = [1.0 + 0.01 * (i % 5 - 2) for i in range(20)]
+    record = {"comparisons": [], "sides": [{"name": "fuselora", "step_s": {"median": 0.6}}]}
+    record["sides"][0]["steps_s"] = [0.6 * ratio for ratio in steps]
+    (tmp_path / "cpu.json").write_text(json.dumps({"environment": {}, "runs": [record]}))
+    assert gate_rates.deviations(tmp_path) == pytest.approx(steps)
+    assert gate_rates.main(["--records", str(tmp_path), "--trials", "6", "--launches", "5"]) == 0
+    found = dict(re.findall(r"slow-down (\d)%: found in (\d) of 6", capsys.readouterr().out))
+    assert found["0"] == "0" and found["5"] == found["8"] == "6"
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,17 @@ def test_sweeps_group_what_differs_in_length_only(folder):
     assert [run["model"]["seq"] for run in group] == [128, 512, 2048]
 
 
+def test_sweeps_are_named_by_all_but_the_size_and_keep_the_baseline():
+    """Checkpointing belongs to the name; a toggle run of one length must not take the place of one with stock in it."""
+    full, long, toggle = run_record(), run_record(2048), run_record()
+    toggle["sides"] = [{**side, "name": "fuselora/no-loss"} for side in toggle["sides"][:1]] + toggle["sides"][1:]
+    for run in (full, long, toggle):
+        run["model"]["checkpointing"] = True
+    (name,), (group,) = zip(*plots.sweeps([full, long, toggle]).items(), strict=True)
+    assert name == "cpu, bf16, checkpointing"
+    assert [[side["name"] for side in run["sides"]] for run in group] == [["peft", "fuselora"]] * 2
+
+
 def test_documents_hold_the_tables_of_the_committed_records(capsys):
     assert tables.main([]) == 0, capsys.readouterr().out
 
