@@ -179,7 +179,9 @@ class DataKeys:
     )
     on_bad_row: str = _key("data", "error", "A row that can't be read: stop, or count and skip it.", ("error", "skip"))
     bad_row_limit: float = _key("data", 0.01, "Largest share of rows that may be skipped.")
-    preprocessing_num_workers: int | None = _key("data", None, "Processes that tokenise; unset: this one.")
+    preprocessing_num_workers: int | None = _key(
+        "data", None, "Processes that tokenise, a stream ahead of training; unset: this one."
+    )
     tokenized_path: str | None = _key(
         "data", None, "Folder of tokenised sets, reused while nothing they depend on changes; unset: the user's cache."
     )

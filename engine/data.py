@@ -80,7 +80,9 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
 
 def _streamed(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     """A stream to train on; held-out sets are read as always, ``val_size`` takes the stream's first rows."""
-    stream = Stream(_sources(config, held_out=False), config, tokenizer, skip=int(config.val_size))
+    workers = config.preprocessing_num_workers or 1
+    stream = Stream(_sources(config, held_out=False), config, tokenizer, skip=int(config.val_size), workers=workers)
+    stream.encoder.start()
     held_out, account = _held_out(config, tokenizer)
     rows = stream.held_out() if config.val_size else held_out
     report = "training: a stream\nheld out: " + (f"{len(rows)} examples" if config.val_size else str(account))

@@ -7,13 +7,15 @@ Rows are drawn from the sets as ``mix_strategy`` says and shuffled within blocks
     position                where each set stood when the block began, and how many rows of the block were taken
 
 so a resumed run reads one block again, from its beginning, and goes on with the row that came next. Unlike a buffer
-that is refilled row by row, nothing of what it holds has to be saved. The end of an epoch ends an iteration; the next
-iteration is the next epoch.
+that is refilled row by row, nothing of what it holds has to be saved. Worker processes tokenise ahead, into the next
+block too; their results come in order, and the position counts what was taken of them. The end of an epoch ends an
+iteration; the next iteration is the next epoch.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,8 +25,8 @@ import numpy as np
 
 from fuselora.engine.chat import AnyExample, Encoding, is_trained
 from fuselora.engine.config import Config
-from fuselora.engine.data_encode import encode_row
-from fuselora.engine.data_formats import Conversation, Sample, conversation
+from fuselora.engine.data_encode import Encoded, Encoder, Placed
+from fuselora.engine.data_formats import Conversation, conversation
 from fuselora.engine.data_mix import Draws
 from fuselora.engine.data_rows import BadRow
 from fuselora.engine.data_source import Source
@@ -33,7 +35,6 @@ from fuselora.engine.errors import UserError, expected
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Placed = tuple[str, Sample | BadRow]
 TOLERATED = 10  # bad rows at the beginning, where a share means little
 
 
@@ -54,18 +55,24 @@ class Position:
 class Stream:
     """Iterable over examples; ``state_dict`` is its position after the last example that it gave.
 
-    The first ``skip`` rows are held out: no iteration gives them.
+    The first ``skip`` rows are held out: no iteration gives them. ``workers`` processes tokenise; 1: this one.
     """
 
     def __init__(
-        self, sources: Sequence[Source], config: Config, tokenizer: PreTrainedTokenizerBase, *, skip: int = 0
+        self,
+        sources: Sequence[Source],
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        skip: int = 0,
+        workers: int = 1,
     ) -> None:
         for info in (source.info for source in sources):
             if info.num_samples is not None:
                 want = "no num_samples with streaming"
                 raise expected(f"dataset {info.name}", want, info.num_samples, "drop it or set max_samples")
         self.sources, self.config, self.tokenizer, self.skip = sources, config, tokenizer, skip
-        self.encoding = Encoding.of(config)
+        self.encoder = Encoder(tokenizer, Encoding.of(config), workers)
         self.position = Position()
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,7 +98,8 @@ class Stream:
     def held_out(self) -> list[AnyExample]:
         """The examples of the first ``skip`` rows."""
         rows = itertools.islice(_Mixture(self.sources, self.config, 0, self._nothing), self.skip)
-        return [example for row in rows for example in self._examples(row, Position())]
+        encoded = Encoder(self.tokenizer, self.encoder.encoding).encode(rows)
+        return [example for row in encoded for example in self._trained(row, Position())]
 
     def shown(self) -> Conversation | None:
         """The first conversation, to generate from after training."""
@@ -107,29 +115,44 @@ class Stream:
         mixture = _Mixture(self.sources, self.config, here.epoch, self._first_rows)
         if here.draws is not None:
             mixture.restore(here.rows, here.draws)
-        while True:
-            here.rows, here.draws = mixture.state()
-            block = list(itertools.islice(mixture, self.config.buffer_size))
-            if not block:
-                break
-            for number in self._order(len(block), here)[here.taken :]:
-                for example in self._examples(block[number], here)[here.pieces :]:
-                    here.pieces += 1
-                    yield example
-                here.taken, here.pieces = here.taken + 1, 0
-            here.block, here.taken = here.block + 1, 0
+        blocks: deque[_Block] = deque()  # begun by the reader, which is ahead
+        left = 0  # rows of the present block
+        for row in self.encoder.encode(self._ordered(mixture, here.epoch, here.block, here.taken, blocks)):
+            if not left:
+                block = blocks.popleft()
+                here.block, here.rows, here.draws = block.number, block.rows, block.draws
+                here.taken, left = block.taken, block.left
+            for example in self._trained(row, here)[here.pieces :]:
+                here.pieces += 1
+                yield example
+            here.taken, here.pieces, left = here.taken + 1, 0, left - 1
         if not here.read:
             raise expected("dataset", "rows that can be trained on", "an empty stream", "add rows")
         self.position = Position(epoch=here.epoch + 1, read=here.read, bad=here.bad)
 
-    def _order(self, rows: int, here: Position) -> np.ndarray[Any, Any]:
+    def _ordered(
+        self, mixture: _Mixture, epoch: int, number: int, taken: int, blocks: deque[_Block]
+    ) -> Iterator[Placed]:
+        """The rows of the epoch from row ``taken`` of block ``number`` on; each block is told before its rows."""
+        while True:
+            rows, draws = mixture.state()
+            block = list(itertools.islice(mixture, self.config.buffer_size))
+            if not block:
+                return
+            order = self._order(len(block), epoch, number)[taken:]
+            if len(order):
+                blocks.append(_Block(number, rows, draws, taken, len(order)))
+            yield from (block[i] for i in order)
+            number, taken = number + 1, 0
+
+    def _order(self, rows: int, epoch: int, block: int) -> np.ndarray[Any, Any]:
         if self.config.disable_shuffling:
             return np.arange(rows)
-        return np.random.default_rng((self.config.order_seed, here.epoch, here.block)).permutation(rows)
+        return np.random.default_rng((self.config.order_seed, epoch, block)).permutation(rows)
 
-    def _examples(self, row: Placed, here: Position) -> list[AnyExample]:
+    def _trained(self, encoded: Encoded, here: Position) -> list[AnyExample]:
         """The trained examples of a row; counts it, unless it was begun before a resume."""
-        sample, examples = encode_row(*row, self.tokenizer, self.encoding)
+        sample, examples = encoded
         here.read += not here.pieces
         if isinstance(sample, BadRow):
             if self.config.on_bad_row == "error":
@@ -142,6 +165,17 @@ class Stream:
                     f"the last: {sample}; correct them or raise bad_row_limit"
                 )
         return [example for example in examples if is_trained(example)]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows of an epoch that are shuffled together, as their reader came upon them."""
+
+    number: int  # of the epoch
+    rows: tuple[int, ...]  # where each set stood
+    draws: dict[str, Any]
+    taken: int  # rows of it that were used up before
+    left: int
 
 
 class _Mixture(Iterator[Placed]):

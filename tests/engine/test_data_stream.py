@@ -2,16 +2,26 @@
 
 import itertools
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from fuselora.engine import data
+from fuselora.engine import data, data_encode
 from fuselora.engine.errors import UserError
 from fuselora.engine.model import build_model
 from fuselora.engine.output import open_output_dir
 from fuselora.engine.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_rows_in_their_order(make_stream, tokenizer):
@@ -137,6 +147,95 @@ def test_bad_rows(make_stream, dataset_dir):
     (dataset_dir / "rows.json").write_text("\n".join([good, *["{broken"] * 11]))
     with pytest.raises(UserError, match=r"at most 1\.0% bad rows, got 11 of 1[12]"):
         list(make_stream(on_bad_row="skip").train)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """So that the few rows of a test are many tasks of the workers."""
+    monkeypatch.setattr(data_encode, "CHUNK", 3)
+
+
+@pytest.mark.parametrize("keys", MIXTURES, ids=lambda keys: "+".join(map(str, keys.values())) or "one")
+def test_workers_change_neither_examples_nor_positions(make_stream, small_chunks, keys):
+    def taken(stream, count):
+        return [(example, stream.state_dict()) for example in itertools.islice(endless(stream), count)]
+
+    alone = taken(make_stream(**keys).train, 60)
+    stream = make_stream(**keys, preprocessing_num_workers=2).train
+    assert taken(stream, 60) == alone
+    for stop in (1, 9, 10, 24, 31):
+        again = make_stream(**keys, preprocessing_num_workers=2).train
+        again.load_state_dict(json.loads(json.dumps(alone[stop - 1][1])))
+        assert taken(again, 60 - stop) == alone[stop:]
+        again.encoder.stop()
+    stream.encoder.stop()
+
+
+@pytest.mark.parametrize("damage", ["bad row", "end of the file"])
+def test_workers_raise_where_one_process_does(make_stream, dataset_dir, small_chunks, damage):
+    """What comes before is given first, though the workers are ahead."""
+    rows = [json.dumps({"instruction": f"Join {i}", "output": "path"}) for i in range(40)]
+    text = "[" + ",\n".join(rows) if damage != "bad row" else "[" + ",\n".join([*rows[:30], "{}", *rows[30:]]) + "]"
+    (dataset_dir / "rows.json").write_text(text)
+
+    def outcome(workers):
+        stream = make_stream(disable_shuffling=True, preprocessing_num_workers=workers).train
+        examples = []
+        with pytest.raises(UserError) as caught:
+            examples.extend(stream)
+        stream.encoder.stop()
+        return len(examples), str(caught.value)
+
+    assert outcome(1) == outcome(2)
+
+
+def test_a_worker_that_is_killed_ends_the_stream(make_stream):
+    """By a sentence: a pool that waits for a result of it would wait for ever."""
+    stream = make_stream(preprocessing_num_workers=2).train
+    examples = endless(stream)
+    next(examples)
+    for process in list(stream.encoder._pool._processes.values()):
+        process.kill()
+    with pytest.raises(UserError, match="preprocessing_num_workers: expected all processes to stay"):
+        for _ in itertools.islice(examples, 200):
+            pass
+
+
+def test_a_run_that_is_killed_leaves_no_worker(make_stream, tmp_path):
+    def child():
+        stream = make_stream(preprocessing_num_workers=2).train
+        (tmp_path / "pids").write_text(" ".join(map(str, stream.encoder._pool._processes)))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    deadline = time.monotonic() + 20
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() < deadline, f"of {pids} some still run"
+        time.sleep(0.05)
+    assert len(pids) == 2
+
+
+def test_a_command_with_workers_ends_quietly(tiny_base, dataset_dir, tmp_path):
+    keys = {
+        "model_name_or_path": tiny_base,
+        "dataset": "rows",
+        "dataset_dir": dataset_dir,
+        "output_dir": tmp_path / "o",
+    }
+    keys |= {"streaming": "true", "max_steps": 2, "preprocessing_num_workers": 2, "use_cpu": "true", "fuse": "false"}
+    arguments = [f"{key}={value}" for key, value in (keys | {"check_adapter": "false", "buffer_size": 4}).items()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "python")}
+    command = [sys.executable, "-m", "fuselora", "train", *arguments]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0 and "Exception" not in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
+
+
+def _runs(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_training_on_a_stream_resumes_exactly(make_config, tiny_base, tokenizer, tmp_path, weights):
