@@ -24,12 +24,15 @@ failed.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,7 @@ import torch
 from plans import Run
 
 ROOT = Path(__file__).resolve().parent.parent
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Share of the time left that a stage may take, in order of priority.
 STAGES = {"build": 0.2, "tests": 0.4, "first": 0.2, "choices": 0.15, "layer": 0.2, "steps": 1.0, "kernels": 1.0}
 ONCE = ("build", "tests")  # whose end is remembered: they leave no record of their own
@@ -67,7 +71,14 @@ class Suite:
         print(f"== {name}, at most {limit:.0f} s: {' '.join(command)}", flush=True)
         with open(self.out / f"{name}.log", "a") as log:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                command,
+                **{
+                    "cwd": ROOT,
+                    "env": self.environment,
+                    "text": True,
+                    "preexec_fn": _end_with_parent if sys.platform == "linux" else None,
+                },
+                **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
             )
             assert process.stdout is not None
             timer = _killer(process, limit)
@@ -126,6 +137,9 @@ class Suite:
             path, said = self.out / f"{name}.json", " ".join(run.arguments)
             if report.finished(path):
                 print(f"{name}: {said}: measured before by this code")
+            elif "--quantize" in run.arguments and util.find_spec("bitsandbytes") is None:
+                self.results.setdefault("steps", {"runs": []}).setdefault("skipped", []).append(name)
+                print(f"{name}: {said}: not run: bitsandbytes is not installed")
             elif self.left < run.seconds:
                 self.results.setdefault("steps", {"runs": []}).setdefault("skipped", []).append(name)
                 print(f"{name}: {said}: skipped, {self.left:.0f} s left of {run.seconds:.0f} s needed")
@@ -151,6 +165,11 @@ class Suite:
         if self.args.save:
             tables.keep(self.out)
         return ok
+
+
+def _end_with_parent() -> None:
+    """In the child: a suite that is killed must not leave a measurement that runs beside the next one."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _killer:

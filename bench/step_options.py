@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib import util
 from pathlib import Path
 
 import memory
@@ -100,6 +101,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{key.replace('_', '-')}: expected at least {low}, got {value}; raise it")
     if not 0.0 <= args.dropout < 1.0:
         raise ValueError(f"--dropout: expected 0 <= p < 1, got {args.dropout}; give a probability")
+    if args.quantize and util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"--quantize: expected bitsandbytes for {args.quantize}, got none; pip install bitsandbytes")
     if args.prepared and not args.quantize:
         raise ValueError("--prepared: expected --quantize with it, got a dense base; add --quantize nf4")
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():

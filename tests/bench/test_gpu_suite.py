@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,6 +185,40 @@ def test_a_second_call_repeats_neither_build_nor_tests_nor_steps(tmp_path, calle
     text = (tmp_path / "suite.json").read_text()
     (tmp_path / "suite.json").write_text(text.replace(report.source_hash(), "of other code"))
     assert not gpu_suite.Suite(Options(tmp_path)).passed("build")
+
+
+def test_without_bitsandbytes_its_runs_are_named_and_the_others_run(tmp_path, called, monkeypatch, capsys):
+    calls, _ = called
+    monkeypatch.setattr(gpu_suite.util, "find_spec", lambda name: None)
+    suite = gpu_suite.Suite(Options(tmp_path))
+    assert suite.all()
+    quantised = [name for name, run in plans.GPU.items() if "--quantize" in run.arguments]
+    assert suite.results["steps"]["skipped"] == quantised and len(quantised) == 3
+    assert calls.count("steps") == len(plans.GPU) - 3
+    assert capsys.readouterr().out.count("not run: bitsandbytes is not installed") == 3
+
+
+def test_a_killed_suite_leaves_no_measurement_behind(tmp_path):
+    pid = tmp_path / "pid"
+    child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = (
+        f"import sys; sys.path.insert(0, {str(BENCH)!r}); import gpu_suite; from types import SimpleNamespace as N;"
+        f" from pathlib import Path; out = Path({str(tmp_path)!r});"
+        " suite = gpu_suite.Suite(N(out=out, budget=60.0, only=None, device='cpu', smoke=True));"
+        f" suite.run('x', [sys.executable, '-c', {child!r}], 50.0)"
+    )
+    suite = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        end = time.monotonic() + 60
+        while not (pid.exists() and pid.read_text()) and time.monotonic() < end:
+            time.sleep(0.1)
+        suite.kill()
+        suite.wait()
+        while Path(f"/proc/{pid.read_text()}").exists() and time.monotonic() < end - 5:
+            time.sleep(0.1)
+        assert not Path(f"/proc/{pid.read_text()}").exists()
+    finally:
+        suite.kill()
 
 
 def test_the_headline_comes_before_the_ops(tmp_path, called, monkeypatch):
