@@ -144,7 +144,10 @@ def _delete_old(output_dir: Path, newest: Path, keep: int, protect: Collection[i
     kept = {newest, *(output_dir / f"{PREFIX}{step}" for step in protect)}
     others = [path for path in _by_step(output_dir) if path not in kept]
     for old in others[max(0, keep - len([path for path in kept if path.is_dir()])) :]:
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:  # an older checkpoint too many is no reason to end a run
+            print(f"save_total_limit: {old} stays: {first_line(error)}", flush=True)
 
 
 def write_manifest(folder: Path) -> None:
@@ -155,7 +158,7 @@ def write_manifest(folder: Path) -> None:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder; None if it is complete and every byte is as written."""
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable"
     for name in ALWAYS_THERE:
@@ -165,7 +168,7 @@ def find_damage(folder: Path) -> str | None:
         return f"{MANIFEST} lists no weights"
     for name, digest in files.items():
         path = folder / name
-        if path.parent != folder or not path.is_file():
+        if Path(name).name != name or not path.is_file():
             return f"{name} is missing"
         if _sha256(path) != digest:
             return f"{name} doesn't match its sha256"
@@ -255,7 +258,7 @@ def _by_step(output_dir: Path) -> Iterator[Path]:
     """Checkpoint folders, newest first."""
     if not output_dir.is_dir():
         return
-    found = [p for p in output_dir.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
+    found = [p for p in output_dir.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdecimal()]
     yield from sorted(found, key=lambda p: -int(p.name.removeprefix(PREFIX)))
 
 

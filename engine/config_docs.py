@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from dataclasses import MISSING, Field, fields
 from typing import Any
@@ -14,6 +15,7 @@ from fuselora.engine.config_export import ChatConfig, ExportConfig
 from fuselora.engine.config_types import as_yaml, type_words
 
 COMMANDS = (ExportConfig, ChatConfig)
+SECRET = re.compile(r"(key|token|secret|password)$", re.IGNORECASE)
 
 
 def default_of(f: Field[Any]) -> str:
@@ -108,7 +110,15 @@ def config_help() -> str:
 
 
 def config_yaml(config: Config) -> str:
-    """What the run used, as a file that reproduces it (training_args.yaml)."""
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    """What the run used, as a file that reproduces it (training_args.yaml); keys and passwords inside mappings, such as
+    those that DeepSpeed has for a monitor, are left out.
+    """
+    values = {f.name: _without_secrets(getattr(config, f.name)) for f in fields(config)}
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None and v != ()}
     return yaml.safe_dump(plain, sort_keys=False)
+
+
+def _without_secrets(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_secrets(inner) for key, inner in value.items() if not SECRET.search(str(key))}

@@ -15,12 +15,18 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from fuselora.engine.errors import expected
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ROWS, VALUES = 4, 64
 
 
 def weight_files(base: str, cache_dir: str | None = None) -> list[Path]:
-    """The safetensors files of a model folder or of a hub id that is in the cache; none if it has others."""
+    """The safetensors files of a model folder or of a hub id that is in the cache; none if it has others.
+
+    Raises:
+        UserError: the folder's index names a file outside it.
+    """
     folder = Path(base)
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
@@ -33,8 +39,12 @@ def weight_files(base: str, cache_dir: str | None = None) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
-        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside:
+            want = "files of the model's own folder"
+            raise expected(str(folder / INDEX), want, repr(outside[0]), "don't load a model whose files name others")
+        return [folder / name for name in names]
     return []
 
 

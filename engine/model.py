@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from fuselora.engine.chat_templates import set_template
 from fuselora.engine.config import Config
 from fuselora.engine.data_info import use_modelscope
 from fuselora.engine.errors import UserError, expected, first_line
+from fuselora.engine.fingerprint import weight_files
 from fuselora.engine.kbit import keep_weights_in_place, misread_on_cpu
 from fuselora.engine.methods import prepare_method
 from fuselora.engine.rope_scaling import describe, follow_length, scale_rope
@@ -100,6 +102,7 @@ def load_tokenizer(base: str, config: Config) -> PreTrainedTokenizerBase:
 def load_base(base: str, config: Config, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    weight_files(base, _hub_cache(config))  # refuses an index that points elsewhere
     quantization = quantization_config(config, dtype)
     placed = {} if quantization is None else {"device_map": {"": pick_device(config)}}  # it is quantised where it lands
     try:
@@ -114,6 +117,9 @@ def load_base(base: str, config: Config, dtype: torch.dtype) -> PreTrainedModel:
             cache_dir=_hub_cache(config),
             **placed,
         )
+    except UnpicklingError as error:
+        got, remedy = f"{base!r}, whose pickle holds more and may run code", "name a model that you trust"
+        raise expected("model_name_or_path", "safetensors or a pickle of tensors alone", got, remedy) from error
     except (OSError, ValueError, ImportError) as error:
         raise _unloadable("model", base, error) from error
     if quantization is not None and pick_device(config).type == "cpu":

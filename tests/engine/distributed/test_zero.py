@@ -2,6 +2,8 @@
 
 import math
 import os
+import signal
+import time
 
 import pytest
 import torch
@@ -143,3 +145,46 @@ def test_nan_in_one_process_updates_nothing(run, number, skip, tmp_path):
             run(2, look=look, **keys)
         assert "step 3: expected a finite loss" in (tmp_path / "stderr0").read_text()
         assert checkpoint.find_resume(tmp_path / "run", "auto").name == "checkpoint-2"
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_rollback_takes_weights_and_states_back(run, number, tmp_path):
+    """Step 6 is bad in one process: both go back to the checkpoint of step 4, which is then that of step 6, too."""
+
+    def look(trainer):
+        loss = trainer.stepper.loss
+        if not hasattr(trainer, "log"):
+            trainer.stepper.loss = lambda *args: (
+                loss(*args) * (math.nan if (trainer.world.rank, trainer.step) == (1, 5) else 1)
+            )
+
+    keys = {"max_steps": 8, "deepspeed": stage(number), "per_device_train_batch_size": 2, "save_steps": 2}
+    records, _ = run(2, look=look, on_nonfinite="rollback", **keys)
+    assert [r["rolled_back_to"] for r in records if "rolled_back_to" in r] == [4]
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        four, six, eight = (load_file(tmp_path / f"run/checkpoint-{step}" / name) for step in (4, 6, 8))
+        torch.testing.assert_close(four, six, rtol=0, atol=0)
+        assert any(not torch.equal(six[key], tensor) for key, tensor in eight.items())
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_killed_process_ends_the_job_and_the_next_goes_on(run, number, tmp_path):
+    def look(trainer):
+        step = trainer.training_step
+
+        def training_step():
+            if (trainer.world.rank, trainer.step) == (1, 3):
+                os.kill(os.getpid(), signal.SIGKILL)
+            step()
+
+        trainer.training_step = training_step
+
+    keys = {"max_steps": 5, "deepspeed": stage(number), "per_device_train_batch_size": 2, "save_steps": 2}
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="2, -9"):  # exit codes
+        run(2, look=look, **keys)
+    assert time.monotonic() - began < 30
+    error = (tmp_path / "stderr0").read_text()
+    assert "processes: expected all 2 to stay, got one that ended or hangs" in error and "checkpoint-2" in error
+    records, _ = run(2, **keys)
+    assert [r["current_steps"] for r in records if "loss" in r] == [1, 2, 3, 4, 5]
