@@ -86,6 +86,7 @@ def _fit(trainer: Any, reporting: Any, tokenizer: Any, base: str, shown: Any) ->
     from fuselora.engine.checkpoint_weights import result_state
 
     config, world = trainer.config, trainer.world
+    print(trainer.data.plan(trainer.total_steps, world.size))
     trainer.resume()
     with output.opened_output_dir(config, resumed=trainer.resumed) if world.main else nullcontext():
         with reporting.running(trainer):

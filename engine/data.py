@@ -68,7 +68,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     drawn = len(train)
     if config.val_size > 0:
         train, held_out = divided(train, config)
-    report = f"training: {account}"
+    report = f"training: {account}" if config.dataset else "training: no set"
     if drawn != account.examples:
         report += f"\n{drawn} of them drawn by num_samples and mix_strategy"
     report += f"\n{len(held_out)} of them held out" if config.val_size > 0 else ""

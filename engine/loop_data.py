@@ -63,6 +63,17 @@ class StepData:
         before = self.state()
         return StepPlan(step, [self._next() for _ in range(self.batch)], before)
 
+    def plan(self, steps: int, processes: int) -> str:
+        """A line for people: how many steps of how many examples, in how many epochs."""
+        config = self.config
+        geometry = f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} accumulated"
+        geometry += f" x {processes} processes" if processes > 1 else ""
+        what = "rows" if config.packed else "examples"
+        text = f"training: {steps} steps of {self.batch} {what} ({geometry})"
+        if self.units is None or self.steps_per_epoch is None:
+            return f"{text} of a stream"
+        return f"{text}, {steps / self.steps_per_epoch:.3g} epochs of {len(self.units)}"
+
     def state(self) -> dict[str, Any] | None:
         """The position of a stream that can tell it."""
         return self.train.state_dict() if self.units is None and hasattr(self.train, "state_dict") else None

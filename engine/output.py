@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LOCK = ".run.lock"
+ARGUMENTS = "training_args.yaml"
 SAMPLE = 64  # tokens of the sample after training
 SMALL = 1_000_000_000  # weights; reloading a larger base in fp32 takes more memory than its training may have
 
@@ -102,7 +104,7 @@ def open_output_dir(config: Config, *, resumed: bool = False) -> Path:
             for old in folder.glob(f"{PREFIX}*"):
                 if old.is_dir() and old.name.removeprefix(PREFIX).isdigit():
                     shutil.rmtree(old)
-        (folder / "training_args.yaml").write_text(config_yaml(config), encoding="utf-8")
+        (folder / ARGUMENTS).write_text(config_yaml(config), encoding="utf-8")
     return folder
 
 
@@ -125,6 +127,18 @@ def write_run(
     if shown and wants_check(config, model):
         print(check_result(config, base, tokenizer, shown))
     print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}")
+    print(next_commands(config))
+
+
+def next_commands(config: Config) -> str:
+    """What to type to talk to the result or to export it; the run's own file says the rest."""
+    folder = Path(config.output_dir)
+    file = shlex.quote(str(folder / ARGUMENTS))
+    if config.finetuning_type != "lora":
+        return f"next: fuselora chat {file} model_name_or_path={shlex.quote(str(folder))}"
+    adapters = shlex.quote(",".join([*merged_first(config), str(folder)]))
+    export = f"fuselora export {file} adapter_name_or_path={adapters} export_dir={shlex.quote(f'{folder}-merged')}"
+    return f"next: fuselora chat {file} adapter_name_or_path={adapters}\n      {export}"
 
 
 def save_result(model: Any, folder: Path, config: Config, state: dict[str, torch.Tensor] | None = None) -> None:
