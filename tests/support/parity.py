@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -177,9 +178,15 @@ class Curve:
     logits: Tensor
 
 
+# Adam divides a gradient by its own size, so one that is zero but for rounding becomes a step of either sign, and two
+# correct programs part by up to ten times their usual distance in one run of twelve. Steps of gradients below this are
+# in proportion to them; it is also what makes the size of a gradient show in the curve.
+CURVE_EPS = 1e-3
+
+
 def train_curve(model: nn.Module, batches: Iterable[Batch], lr: float = 1e-2, *, seed: int = 11) -> Curve:
     """AdamW on the trainable parameters, one step per batch."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, eps=CURVE_EPS)
     losses, logits = [], []
     for i, inputs in enumerate(batches):
         torch.manual_seed(seed + i)
@@ -190,6 +197,21 @@ def train_curve(model: nn.Module, batches: Iterable[Batch], lr: float = 1e-2, *,
         optimizer.step()
         optimizer.zero_grad()
     return Curve(torch.stack(losses), torch.cat(logits))
+
+
+def assert_curves_close(runs: Iterable[tuple[Curve, Curve, Curve]]) -> None:
+    """(ours, truth, stock) of several runs: every loss by the rule of losses, with stock's worst error of all runs as
+    yardstick; and the median over the runs of our rms error of logits next to stock's, at most k = 1.5 times."""
+    ours, truth, stock = zip(*runs, strict=True)
+    errors = [
+        [rms(mine.logits.double() - exact.logits).item() for mine, exact in zip(side, truth, strict=True)]
+        for side in (ours, stock)
+    ]
+    losses = (torch.cat([run.losses for run in side]) for side in (ours, truth, stock))
+    assert_losses_close(*losses, logits_error=_rms(errors[1]))
+    ratios = [mine / theirs for mine, theirs in zip(*errors, strict=True)]
+    ratio = statistics.median(ratios)
+    assert ratio <= K_ELEMENTWISE, f"logits: median error {ratio:.2f} times stock's > {K_ELEMENTWISE} (runs: {ratios})"
 
 
 def assert_same_results(ours: Run, stock: Run, *, rtol: float = 1e-9) -> None:
