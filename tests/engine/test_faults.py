@@ -1,6 +1,7 @@
 """What goes wrong in a run: numbers that aren't finite, no memory, no room on the disk."""
 
 import errno
+import gc
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import torch
 from fuselora.engine import checkpoint, loop_faults, output
 from fuselora.engine.errors import UserError
 from fuselora.engine.fused_adamw import FusedAdamW
-from fuselora.engine.loop_callbacks import Callback
+from fuselora.engine.loop_callbacks import Callback, SilentLog
 from fuselora.engine.output import check_output_dir, open_output_dir, save_result
 from fuselora.engine.patch import patch_model
 
@@ -173,6 +174,23 @@ def test_out_of_memory_goes_on_with_smaller_passes(make_trainer, weights, tmp_pa
     losses = [[r["loss"] for r in t.log.records if "loss" in r] for t in (short, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     torch.testing.assert_close(weights(short), weights(whole), rtol=1e-3, atol=1e-5)
+
+
+def test_running_out_of_memory_keeps_nothing(make_trainer):
+    """What the pass that failed had allocated is free again: its graph, its activations, its gradients."""
+    trainer = make_trainer(max_steps=5, save_strategy="no", auto_find_batch_size=True)
+    trainer.log = SilentLog(5)
+    trainer.training_step()
+    trainer.training_step()
+
+    def alive():
+        gc.collect()
+        return sum(t.numel() for t in gc.get_objects() if type(t) is torch.Tensor)
+
+    before = alive()
+    NoRoom(trainer, 2, first=2)
+    trainer.training_step()
+    assert trainer.micro_size == 2 and alive() <= before
 
 
 def test_smaller_passes_come_to_an_end(make_trainer, capsys):
