@@ -68,6 +68,56 @@ assert len([path for path in mapped if "libgomp" in path or "libiomp" in path or
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@needs_library
+def test_threads_follow_torch_within_the_process():
+    """A team of n adds n - 1 threads to the one that calls; the setting is read at every call."""
+    code = """
+import os
+import torch
+from fuselora.kernels.native_gemm import Term, gemm
+torch.set_num_threads(1)
+x, counts = torch.ones(512, 512), []
+for threads in (1, 3, 1, 5):
+    torch.set_num_threads(threads)
+    gemm([Term(x, x)], 512)
+    counts.append(len(os.listdir("/proc/self/task")))
+first, three, _, five = counts
+assert (three - first, five - first) == (2, 4), counts
+"""
+    done = run(code, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_library
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_training_step_faults_no_page_in_again(dtype):
+    """Native workspaces are kept, and with the trainer's heap setting so are activations of 25 MB: 6000 pages."""
+    code = f"""
+import resource
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+import fuselora
+from fuselora.engine.heap import keep_freed_memory
+assert keep_freed_memory(torch.device("cpu"))
+sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
+model = get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.{dtype}), LoraConfig(task_type="CAUSAL_LM"))
+model = fuselora.patch_model(model, strict=True)
+ids = torch.randint(0, 512, (4, 256))
+faults = []
+for _ in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.zero_grad()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults)
+assert faults[0] > 3000 and sorted(faults[3:])[2] < 100, faults
+"""
+    done = run(code, OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 MISSING = """
 from pathlib import Path
 import torch
