@@ -158,8 +158,9 @@ def project(
     """Y_i [M, N_i] from X [M, K] and S; ``weights`` are the ``forward_weights`` if they are there already."""
     weights = list(weights or forward_weights(projections, x))
     biases = [_combined_bias(p, x.dtype) for p in projections]
-    quantized = _quantized(projections) if x.device.type == "cpu" and all(w is None for w in weights) else []
-    if s is None or (any(weight is None for weight in weights) and not quantized):
+    absent = [i for i, weight in enumerate(weights) if weight is None]
+    quantized = _quantized(projections) if x.is_cpu and len(absent) == len(weights) else []
+    if s is None or (absent and not quantized):
         ys = [_base(x, *parts) for parts in zip(projections, weights, biases, strict=True)]
         return ys if s is None else _add_low_ranks(ys, s, projections)
     loras, owners = all_adapters(projections)

@@ -52,8 +52,10 @@ def first_parameter(module: nn.Module) -> nn.Parameter | None:
     for own in module._parameters.values():
         if own is not None:
             return own
-    found = (first_parameter(part) for part in module._modules.values() if part is not None)
-    return next((p for p in found if p is not None), None)
+    for part in module._modules.values():
+        if part is not None and (own := first_parameter(part)) is not None:
+            return own
+    return None
 
 
 def bypass_reason(module: nn.Module) -> str | None:
@@ -134,7 +136,8 @@ def read_adapter(module: Any, name: str) -> LoRA | str:
 
 def _read_factors(module: Any, name: str) -> LoRA | str:
     """A, B, scaling and dropout of an adapter of any variant."""
-    a, b, dropout = (child(module, part)._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
+    a, b = child(module, "lora_A")._modules[name], child(module, "lora_B")._modules[name]
+    dropout = child(module, "lora_dropout")._modules[name]
     for part in (a, b):
         if type(part) is not nn.Linear:
             return f"adapter {name!r} is made of {type(part).__name__}"
@@ -259,7 +262,7 @@ def read_projection(module: nn.Module) -> Projection | str:
         if not casts_input(module) and (not dense or lora.a.dtype != plain.weight.dtype):
             return "input casting is disabled and the adapter has another dtype"
         loras.append(lora)
-    return plain._replace(lora=tuple(loras))
+    return Projection(plain.weight, plain.bias, tuple(loras))
 
 
 def input_reason(x: Tensor, module: nn.Module, proj: Projection) -> str | None:

@@ -68,8 +68,12 @@ def interpreting() -> bool:
 def lazy(module: str, name: str) -> Callable[..., Any]:
     """``kernels/gpu/<module>.py``'s launcher ``name``, imported at its first call."""
 
+    @functools.cache
+    def launcher() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f".{module}", __package__), name)
+
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(f".{module}", __package__), name)(*args)
+        return launcher()(*args)
 
     call.__name__ = name
     return call
@@ -89,10 +93,12 @@ def refusal(*tensors: Tensor | None, dot: bool = False) -> str | None:
             continue
         if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{t.dtype} has no Triton kernel"
-        if interpreting() and t.device.type == "cpu":
+        if t.is_cuda:  # asked first: looking into the environment would cost 1.2 us per tensor
+            pass
+        elif t.is_cpu and interpreting():
             if t.dtype == torch.bfloat16:
                 return "Triton's interpreter truncates bfloat16"
-        elif t.device.type != "cuda" and not (_recorder and t.device.type == "meta"):
+        elif not (_recorder and t.is_meta):
             return f"the tensors are on {t.device}"
         if dot and t.dtype != torch.float32 and capability(t.device) < 80:
             return "below sm_80 Triton multiplies matrices without tensor cores"  # 3.6.0 and 3.7.1: FFMA, bf16 and fp16
