@@ -19,6 +19,7 @@ from matplotlib import pyplot  # noqa: E402
 
 INK, OURS = "#333333", "#0072B2"
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+LEGEND_LINE = 0.19  # inches
 SMALL = 1e6  # bytes; below, an op's time is that of its call
 Run = dict[str, Any]
 
@@ -128,12 +129,13 @@ def roofline(record: dict[str, Any], path: Path) -> None:
     bandwidth, peak = record["machine"]["copy_bytes_per_s"], record["machine"]["matmul_flop_per_s"]
     found = [e for e in record["entries"] if e.get("flops") and e.get("seconds") and e["name"].startswith("op ")]
     points = [e for e in found if e["bytes"] >= SMALL] or found
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    ops = list(dict.fromkeys(e["name"].split()[1] for e in points))
+    height = max(5.5, 0.6 + LEGEND_LINE * (1 + len(ops)))
+    figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
     intensity = [e["flops"] / e["bytes"] for e in points]
     span = [min([*intensity, 0.1]) / 2, max([*intensity, peak / bandwidth]) * 4]
     knee = peak / bandwidth
     axes.plot([span[0], knee, span[1]], [span[0] * bandwidth, peak, peak], color=INK, linewidth=1.2, label="roof")
-    ops = list(dict.fromkeys(e["name"].split()[1] for e in points))
     marks = "osD^vP*X<>h"  # eleven, so that with six colours no two of 66 ops look alike
     for i, op in enumerate(ops):
         unnamed = True
@@ -157,7 +159,9 @@ def roofline(record: dict[str, Any], path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("FLOP per byte of the op's cost model")
     axes.set_ylabel("FLOP/s reached")
-    axes.set_title("Ops against this machine's roof (hollow: reference; under 1 MB left out)", fontsize=11)
+    left_out = "; under 1 MB left out" if len(points) < len(found) else ""
+    smoke = "SMOKE RUN, no figure means anything: " if record.get("smoke") else ""
+    axes.set_title(f"{smoke}Ops against this machine's roof (hollow: reference{left_out})", fontsize=11)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     _finish(figure, axes, path)
 

@@ -43,9 +43,13 @@ INTERVAL = "tokens/s, [95 % interval] or (range of under six rounds)"
 
 
 def newest(folder: Path) -> dict[str, Path]:
-    """Run name -> its newest record, by the date at the end of the file name."""
+    """Run name -> its newest record, by the date at the end of the file name. Other files of a suite (its stages, a
+    choice table) are no records: they have no environment."""
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.json"), key=lambda p: p.stem[-10:]):
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict) or "environment" not in record:
+            continue
         found[re.sub(r"-\d{4}-\d{2}-\d{2}$", "", path.stem)] = path
     return dict(sorted(found.items()))
 

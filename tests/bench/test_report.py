@@ -69,6 +69,27 @@ def test_only_the_newest_record_of_a_name_counts(folder):
     assert "twice" not in tables.noise(folder)
 
 
+def test_the_roofline_names_all_ops_within_the_picture(monkeypatch, tmp_path):
+    entries = [{"name": f"op op{i} [layer] cpu", "seconds": 1e-3, "bytes": 4e6, "flops": 1e6 + i} for i in range(45)]
+    shown = []
+    monkeypatch.setattr(plots, "_finish", lambda figure, axes, path: shown.append(figure))
+    record = {"machine": {"copy_bytes_per_s": 2e10, "matmul_flop_per_s": 5e11}, "entries": entries, "smoke": True}
+    plots.roofline(record, tmp_path / "roofline.png")
+    (figure,) = shown
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 46 and legend.get_window_extent().y0 >= 0
+    assert figure.axes[0].get_title().startswith("SMOKE RUN")
+
+
+def test_other_files_of_a_suite_are_no_records(folder):
+    before = tables.newest(folder)
+    (folder / "choice_table.json").write_text('[{"op": "lora_project"}]')
+    (folder / "suite.json").write_text('{"build": {"runs": []}}')
+    assert tables.newest(folder) == before
+    assert write_report.main([str(folder), "--out", str(folder / "out")]) == 0
+
+
 def test_report_holds_tables_and_readable_plots(folder):
     assert write_report.main([str(folder), "--out", str(folder / "out")]) == 0
     report = (folder / "out" / "report.md").read_text()
