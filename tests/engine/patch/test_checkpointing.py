@@ -260,6 +260,12 @@ def test_unpatching_puts_everything_back() -> None:
     assert [dict(vars(layer)) for layer in layers_of(model)] == before
 
 
+def test_offload_on_a_cpu_is_full_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    assert "2 offload" in str(fuselora.set_checkpointing(model := patched(), "offload"))
+    assert caplog.text.count("offload on a CPU is full: what it keeps is in the host's memory already") == 1
+    assert step_calls(model)["fuselora::lora_project"] == 2 * 7
+
+
 def test_off_is_off_and_eval_recomputes_nothing() -> None:
     model = patched()
     fuselora.set_checkpointing(model, "full")
