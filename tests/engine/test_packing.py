@@ -190,6 +190,20 @@ def test_both_answers_of_a_preference_share_a_row():
     assert sorted(sum(pack.lengths) for pack in packs) == [16, 16] and {len(pack.lengths) for pack in packs} == {4}
 
 
+def test_an_answer_changes_no_bit_of_the_other_nor_of_the_next_pair():
+    model = fuselora.patch_model(lora_model("llama", torch.bfloat16, **SMALL))
+    chosen, rejected, other = examples_of((6, 5, 7))
+    logits = []
+    for answer in (rejected, *examples_of((5,), seed=9)):
+        pairs = [PreferenceExample(chosen, answer), FeedbackExample(other, desirable=False)]
+        batch = packing.Collator(0, CPU)([packing.join(pairs)])
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        with torch.no_grad():
+            logits.append(model(**batch).logits[0])
+    assert torch.equal(logits[0][:6], logits[1][:6]) and torch.equal(logits[0][11:], logits[1][11:])
+    assert not torch.equal(logits[0][6:11], logits[1][6:11])
+
+
 @pytest.fixture
 def make_trainer(make_config, tiny_base, tokenizer):
     def make(**keys):
