@@ -114,8 +114,9 @@ def test_one_signal(run, make_config, tmp_path, whole, place, number):
     assert_goes_on_to_the_same_end(run, config, make_config, tmp_path, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("place", SAVED)
+@pytest.mark.parametrize(
+    "place, number", [("step", signal.SIGTERM), ("evaluation", signal.SIGINT), ("save", signal.SIGTERM)]
+)
 def test_a_second_signal_acts_at_once_and_harms_nothing(run, make_config, tmp_path, whole, place, number):
     def twice():
         os.kill(os.getpid(), number)
