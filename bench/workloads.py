@@ -70,19 +70,13 @@ def functions(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[st
     def heads(count: int) -> Tensor:
         return leaf(1, s.tokens, count, s.head_dim)
 
-    def projections(*sizes: tuple[int, int]) -> list[Any]:
-        return [sample_projection(dtype, device, n, k, s.rank) for n, k in sizes]
-
-    def packed_bits(projection: Projection) -> Projection:
-        return projection._replace(weight=quantize_4bit(projection.weight, double=True))
-
     def labels() -> Tensor:
         return torch.randint(0, s.vocab, (s.tokens,), device=device)
 
     def head() -> Tensor:
         return torch.randn(s.vocab, s.hidden, dtype=dtype, device=device) * s.hidden**-0.5
 
-    q, kv, inner = s.heads * s.head_dim, s.kv_heads * s.head_dim, s.intermediate
+    inner = s.intermediate
     return {
         "rms_norm": lambda: (leaf(s.tokens, s.hidden), ones()),
         "add_rms_norm": lambda: (leaf(s.tokens, s.hidden), leaf(s.tokens, s.hidden), ones()),
@@ -97,26 +91,34 @@ def functions(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[st
         "linear_cross_entropy": lambda: (leaf(s.tokens, s.hidden), head(), labels()),
         "linear_log_probs": lambda: (leaf(s.tokens, s.hidden), head(), labels()),
         "linear_4bit": lambda: (leaf(s.tokens, s.hidden), quantize_4bit(head()[:inner], double=True)),
-        "lora_linears": lambda: (leaf(s.tokens, s.hidden), projections(*((n, s.hidden) for n in (q, kv, kv)))),
-        "lora_linears nf4": lambda: (
-            leaf(s.tokens, s.hidden),
-            [packed_bits(p) for p in projections((q, s.hidden), (kv, s.hidden), (kv, s.hidden))],
-        ),
-        "lora_linears_wide": lambda: (
-            leaf(s.tokens, s.hidden).detach().float().requires_grad_(),
-            projections(*((n, s.hidden) for n in (q, kv, kv))),
-            dtype,
-        ),
-        "lora_delta": lambda: (leaf(s.tokens, q), leaf(s.tokens, s.hidden), projections((q, s.hidden))[0].lora),
-        "dora_linear": lambda: (leaf(s.tokens, s.hidden), *projections((q, s.hidden))[0], ones(q).requires_grad_()),
-        "lora_mlp": lambda: (
-            leaf(s.tokens, s.hidden),
-            *projections((inner, s.hidden), (inner, s.hidden), (s.hidden, inner)),
-        ),
-        "lora_mlp_packed": lambda: (
-            leaf(s.tokens, s.hidden),
-            *projections((2 * inner, s.hidden), (s.hidden, inner)),
-        ),
+    } | _adapted(s, leaf)
+
+
+def _adapted(s: Shape, leaf: Callable[..., Tensor]) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    """Those of ``functions`` with adapters, on activations that ``leaf`` makes."""
+    q, kv, inner = s.heads * s.head_dim, s.kv_heads * s.head_dim, s.intermediate
+
+    def x() -> Tensor:
+        return leaf(s.tokens, s.hidden)
+
+    def projections(*sizes: tuple[int, int]) -> list[Any]:
+        like = leaf(1)
+        return [sample_projection(like.dtype, like.device, n, k, s.rank) for n, k in sizes]
+
+    def qkv() -> list[Any]:
+        return projections(*((n, s.hidden) for n in (q, kv, kv)))
+
+    def in_4_bits(projection: Projection) -> Projection:
+        return projection._replace(weight=quantize_4bit(projection.weight, double=True))
+
+    return {
+        "lora_linears": lambda: (x(), qkv()),
+        "lora_linears nf4": lambda: (x(), [in_4_bits(p) for p in qkv()]),
+        "lora_linears_wide": lambda: (x().detach().float().requires_grad_(), qkv(), leaf(1).dtype),
+        "lora_delta": lambda: (leaf(s.tokens, q), x(), projections((q, s.hidden))[0].lora),
+        "dora_linear": lambda: (x(), *projections((q, s.hidden))[0], torch.ones_like(leaf(q)).requires_grad_()),
+        "lora_mlp": lambda: (x(), *projections((inner, s.hidden), (inner, s.hidden), (s.hidden, inner))),
+        "lora_mlp_packed": lambda: (x(), *projections((2 * inner, s.hidden), (s.hidden, inner))),
     }
 
 
