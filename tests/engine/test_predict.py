@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from fuselora import cli
 from fuselora.engine import predict
@@ -68,13 +69,19 @@ def asked(make_config, tokenizer):
 
 def test_answers_do_not_depend_on_the_batch(make_config, tiny_base, tokenizer, asked):
     model = build_model(str(tiny_base), make_config(fuse=True)).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():  # a model that says something else after every prompt
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.normal_(std=0.4, generator=generator)
     alone, together = (
         predict.generate(
             model, asked, tokenizer, make_config(**PREDICT, do_sample=False, per_device_eval_batch_size=size)
         )
-        for size in (1, 4)
+        for size in (1, 6)
     )
     assert alone == together and len({len(question.prompt) for question in asked}) > 1
+    assert len({tuple(answer) for answer in alone}) > 3
 
 
 def test_samples_are_drawn_by_the_seed(make_config, tiny_base, tokenizer, asked):
