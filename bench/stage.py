@@ -41,6 +41,8 @@ class Stage:
         keep_freed_memory(self.device)  # as in training, for rivals too
         self.path: Path = args.out / f"{name}.json"
         self.watch = Stopwatch(self.device)
+        if self.smoke:  # caches matter to no figure then, and overwriting them takes most of the time
+            self.watch.flush = self.watch.flush[: 1 << 20]
         self.limits = limits(self.watch, self.smoke)
         environment = report.environment(self.device)
         self.record: dict[str, Any] = {
