@@ -31,9 +31,10 @@ def train(config: Config) -> int:
     from fuselora.engine.data import check_sources, first_example, load_data
     from fuselora.engine.isolation import check_apart
     from fuselora.engine.loop_evaluate import said
+    from fuselora.engine.heap import keep_freed_memory
     from fuselora.engine.memory_run import announce
     from fuselora.engine.methods import trainable_summary
-    from fuselora.engine.model import build_model, check_vocabulary, load_tokenizer, resolve_base
+    from fuselora.engine.model import build_model, check_vocabulary, load_tokenizer, pick_device, resolve_base
     from fuselora.engine.monitors import Reporting, monitors_of
     from fuselora.engine.predict import check_libraries, predict
     from fuselora.engine.trainer import Trainer
@@ -56,6 +57,8 @@ def train(config: Config) -> int:
     print(data.report, first_example(data, tokenizer), sep="\n")
 
     print(announce(config))
+    if config.memory_budget_gb is not None:
+        keep_freed_memory(pick_device(config), budgeted=True)  # loading has its heap too
     model = build_model(base, config)
     check_vocabulary(model, data.largest)
     print(trainable_summary(model))

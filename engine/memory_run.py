@@ -6,16 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 
 from fuselora.engine.config import Config, load_config
 from fuselora.engine.errors import UserError, expected, first_line
 from fuselora.engine.estimate import Estimate, Run, estimate_run, header, longest
+from fuselora.engine.heap import give_back
 from fuselora.engine.memory_plan import GB
 from fuselora.engine.patch.checkpointing import decoder_layers, set_checkpointing
 from fuselora.engine.patch.families import FAMILIES
 from fuselora.engine.patch.swap import is_fused
 
+FIRST_USE = 10 * 10**6  # of libraries' code and heap that training touches first: 7 to 11 MB in whole runs on a CPU
+APART = 18 * 10**6  # of trying out whether documents of a row stay apart, in any model
 MOMENTS = {"sgd": 0, "adafactor": 4, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}  # bytes per weight
 
 
@@ -77,11 +81,25 @@ def estimate(source: Config | Sequence[str]) -> MemoryReport:
     config = source if isinstance(source, Config) else load_config(list(source))
     run = run_of(config)
     policies = ("off", "mlp", "full", *(["offload"] if run.device == "cuda" else []))
-    runs = [replace(run, policy=policy) for policy in policies]
+    made = [_in_process(estimate_run(replace(run, policy=policy)), config) for policy in policies]
     budget = config.memory_budget_gb
-    found = [longest(r, int(budget * GB)) for r in runs] if budget is not None else []
+    found = [longest(e.run, int(budget * GB)) for e in made] if budget is not None else []
     contexts = tuple(None if e is None else e.run.length for e in found)
-    return MemoryReport(config.checkpoint_policy, tuple(map(estimate_run, runs)), budget, contexts)
+    return MemoryReport(config.checkpoint_policy, tuple(made), budget, contexts)
+
+
+def _in_process(made: Estimate, config: Config) -> Estimate:
+    """On a CPU with what this process holds now, when the estimate has loaded the libraries that training needs."""
+    if made.run.device != "cpu":
+        return made
+    give_back()  # what reading the data has freed is there for training
+    held = psutil.Process().memory_info().rss + first_use(config)
+    return replace(made, run=replace(made.run, process=held))
+
+
+def first_use(config: Config) -> int:
+    """Bytes that a run on a CPU will hold, whatever its model, beyond what the process holds before."""
+    return FIRST_USE + (APART if config.packed or config.padding_free else 0)
 
 
 def announce(config: Config) -> str:
@@ -92,8 +110,8 @@ def announce(config: Config) -> str:
     """
     if reason := no_estimate(config):
         return f"memory: not estimated, as {reason}"
-    run = run_of(config)
-    made = estimate_run(run)
+    made = _in_process(estimate_run(run_of(config)), config)
+    run = made.run
     if (budget := config.memory_budget_gb) is not None and made.total > budget * GB:
         fits = longest(run, int(budget * GB))
         remedy = "set gradient_checkpointing: full, a smaller batch or quantization_bit: 4"
@@ -101,7 +119,9 @@ def announce(config: Config) -> str:
             remedy = f"cutoff_len: {fits.run.length} fits, or {remedy}"
         want = f"a predicted peak of at most {budget:g} GB"
         raise expected("memory_budget_gb", want, f"{made.total / GB:.3f} GB", remedy)
-    parts = f"weights {made.weights / GB:.3f}, kept {made.kept / GB:.3f}, working {made.working / GB:.3f}"
+    sizes = {"process": made.process, "weights": made.weights + made.trained, "kept": made.kept}
+    sizes["working"] = max(made.working, made.head)
+    parts = ", ".join(f"{name} {size / GB:.3f}" for name, size in sizes.items() if size)
     return (
         f"memory: {made.total / GB:.3f} GB predicted for rows of {run.length} tokens ({parts}; see fuselora estimate)"
     )
@@ -111,8 +131,10 @@ def no_estimate(config: Config) -> str | None:
     """Why a configuration is not estimated, or None."""
     if not config.fuse:
         return "fuse is false: estimates are of patched models"
-    if config.finetuning_type != "lora":
-        return f"finetuning_type is {config.finetuning_type}: estimates are of lora"
+    if config.label_smoothing_factor:
+        return "label_smoothing_factor is set: all logits exist at once"
+    if config.deepspeed:
+        return "deepspeed is set: what it divides or moves to the host is its own"
     try:
         kind = model_config(config).get_text_config().model_type
     except (OSError, ValueError) as error:  # loading the model says it in full
@@ -139,7 +161,7 @@ def run_of(config: Config) -> Run:
         UserError: it is not estimated.
     """
     if reason := no_estimate(config):
-        raise UserError(f"estimate: {reason}; estimate a fused lora run")
+        raise UserError(f"estimate: {reason}; estimate a fused run without it")
     half = torch.float16 if config.fp16 else torch.bfloat16
     base = model_config(config)
     if config.flash_attn == "disabled":
@@ -151,14 +173,18 @@ def run_of(config: Config) -> Run:
         length=config.cutoff_len,
         policy=config.checkpoint_policy,
         dtype=half if config.bf16 or config.pure_bf16 or config.fp16 else torch.float32,
-        adapter_dtype=torch.bfloat16 if config.pure_bf16 else torch.float32,
+        trained_dtype=torch.bfloat16 if config.pure_bf16 else torch.float32,
         bits=config.quantization_bit,
         double_quant=config.double_quantization,
+        method=config.finetuning_type,
+        freeze=config if config.finetuning_type == "freeze" else None,
         rank=config.lora_rank,
+        modules=config.additional_target,
         targets="all-linear" if config.lora_target == ("all",) else config.lora_target,
         dropout=config.lora_dropout,
         dora=config.use_dora,
         moments=MOMENTS.get(config.optim, 8 if not config.pure_bf16 else 4),
         budget=None if config.activation_budget_gb is None else int(config.activation_budget_gb * GB),
+        accumulates=config.gradient_accumulation_steps > 1,
         device="cuda" if cuda else "cpu",
     )
