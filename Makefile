@@ -29,7 +29,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(INSTALL_INPUTS) | $(VENV)/bin/python
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	FUSELORA_EMULATE_AMX=1 $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(PY) -c "from fuselora.kernels import native; print(native.reason() or 'native ops: ready')"
 	touch $@
 
@@ -114,7 +114,7 @@ format: $(SETUP)
 
 # Builds csrc/ into python/fuselora/_lib and runs its C tests under every instruction set.
 native: $(SETUP)
-	cmake -S . -B build/native -DFUSELORA_TESTS=ON
+	cmake -S . -B build/native -DFUSELORA_TESTS=ON -DFUSELORA_EMULATE_AMX=ON
 	cmake --build build/native --parallel
 	ctest --test-dir build/native --output-on-failure
 

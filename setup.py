@@ -3,7 +3,7 @@
 Everything else about the package is in pyproject.toml. The library has a plain C ABI and links neither Python nor
 torch, so one wheel per platform serves every Python and torch version. Without a C++ compiler the install still
 succeeds: the ops run on their reference, and ``patch_model`` and ``fuselora env`` say so. FUSELORA_SKIP_NATIVE=1 skips
-the build.
+the build; FUSELORA_EMULATE_AMX=1 adds the instruction set that tests use in place of AMX.
 """
 
 import os
@@ -28,7 +28,9 @@ def build_native() -> None:
     """Configure and build, the CPU library first; a failure leaves the package without native ops and prints why."""
     build = ROOT / "build" / "native"
     generator = [] if works("make") else ["-G", "Ninja"]
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *generator]
+    emulate = "ON" if os.environ.get("FUSELORA_EMULATE_AMX") == "1" else "OFF"  # not what a build for tests left
+    options = ["-DCMAKE_BUILD_TYPE=Release", f"-DFUSELORA_EMULATE_AMX={emulate}"]
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build), *options, *generator]
     missing = (
         "native ops not built ({}); install a C++17 compiler, then pip install --no-cache-dir --force-reinstall "
         "--no-deps fuselora to get them"  # pip keeps wheels that it built

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <memory>
 
+#include "cpu/amx_permission.h"
 #include "cpu/kernels.h"
 #include "status.h"
 
@@ -49,11 +50,30 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
+#if defined(FUSELORA_HAS_AMX_EMULATED)
+const Kernels kAmxEmulated = FUSELORA_KERNELS(amx_emulated);  // for tests: only where it is asked for
+#endif
+#if defined(FUSELORA_HAS_AMX)
+const Kernels kAmx = FUSELORA_KERNELS(amx);
+#endif
+
+// Why a better instruction set than the chosen one doesn't run, or "".
+char isa_note[160] = "";
+
+#if defined(FUSELORA_HAS_AMX)
+bool has_amx() { return has_avx512_bf16() && may_use_tiles(cpu_has_amx(), request_tiles, isa_note); }
+#endif
 
 // The best instruction set of this machine, or the one that FUSELORA_CPU_ISA names; nullptr if it isn't there.
 const Kernels* choose() {
   const char* forced = std::getenv("FUSELORA_CPU_ISA");
   const bool any = forced == nullptr || *forced == '\0';
+#if defined(FUSELORA_HAS_AMX_EMULATED)
+  if (!any && std::strcmp(forced, "amx_emulated") == 0 && has_avx512_bf16()) return &kAmxEmulated;
+#endif
+#if defined(FUSELORA_HAS_AMX)
+  if ((any || std::strcmp(forced, "amx") == 0) && has_amx()) return &kAmx;
+#endif
 #if defined(__x86_64__)
   if ((any || std::strcmp(forced, "avx512_bf16") == 0) && has_avx512_bf16()) return &kAvx512Bf16;
   if ((any || std::strcmp(forced, "avx512") == 0) && has_avx512()) return &kAvx512;
@@ -66,8 +86,9 @@ const Kernels* kernels() {
   static const Kernels* chosen = choose();
   if (chosen == nullptr)
     fail(FUSELORA_BAD_ISA,
-         "FUSELORA_CPU_ISA: expected scalar, or avx2, avx512 or avx512_bf16 where the CPU has it, got '%s'; unset it",
-         std::getenv("FUSELORA_CPU_ISA"));
+         "FUSELORA_CPU_ISA: expected scalar, or avx2, avx512, avx512_bf16 or amx where the CPU has it, got '%s'%s%s; unset "
+         "it",
+         std::getenv("FUSELORA_CPU_ISA"), *isa_note ? ", and " : "", isa_note);
   return chosen;
 }
 
@@ -148,6 +169,8 @@ int32_t fuselora_abi_version(void) { return FUSELORA_ABI_VERSION; }
 const char* fuselora_last_error(void) { return last_error; }
 
 const char* fuselora_cpu_isa(void) { return kernels() ? kernels()->isa : nullptr; }
+
+const char* fuselora_cpu_isa_note(void) { return kernels() ? isa_note : ""; }
 
 int32_t fuselora_rms_norm(void* y, void* h, float* rstd, const void* x, const void* residual, const void* weight,
                           int64_t rows, int64_t cols, int32_t dtype, int32_t weight_dtype, double eps, int32_t mode,

@@ -4,8 +4,10 @@
 plain name, so loaded after torch it shares torch's OpenMP runtime and thread pool.
 
 Without the library everything imports and runs: ``reason()`` says what is missing and how to get it, the ops stay on
-their references, and only a direct call raises. FUSELORA_CPU_ISA=scalar|avx2|avx512|avx512_bf16 forces an instruction
-set; one that this CPU does not have raises.
+their references, and only a direct call raises. FUSELORA_CPU_ISA=scalar|avx2|avx512|avx512_bf16|amx forces an
+instruction set; one that this CPU does not have raises. AMX also takes the kernel's permission for tile registers;
+where it is refused the next lower set runs and ``isa_note()`` says so. Builds for tests have ``amx_emulated`` besides:
+the code for AMX on tiles in plain C++ (csrc/cpu/amx.h).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fuselora_abi_version": (c_int32, ()),
     "fuselora_last_error": (c_char_p, ()),
     "fuselora_cpu_isa": (c_char_p, ()),
+    "fuselora_cpu_isa_note": (c_char_p, ()),
     "fuselora_rms_norm": (
         c_int32,
         (
@@ -205,8 +208,13 @@ def library() -> ctypes.CDLL:
 
 
 def isa() -> str:
-    """The instruction set that the native CPU ops run with: scalar, avx2, avx512 or avx512_bf16."""
+    """The instruction set that the native CPU ops run with: scalar, avx2, avx512, avx512_bf16, amx or amx_emulated."""
     return library().fuselora_cpu_isa().decode()
+
+
+def isa_note() -> str | None:
+    """Why a better set than ``isa()``, which this CPU has, can't be used, or None."""
+    return library().fuselora_cpu_isa_note().decode() or None
 
 
 def call(name: str, *args: Any) -> None:

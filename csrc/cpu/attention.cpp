@@ -144,6 +144,9 @@ void forward(const AttentionFwd& f) {
       pack_turned(v[k0], v.stride, count, a.width, reinterpret_cast<E*>(turned + head * panel) + k0 * a.width);
       if (sizeof(T) != sizeof(E)) widen_rows(k[k0], k.stride, count, a.width, widened + head * panel + k0 * a.width);
     }
+#if defined(FUSELORA_TILES)
+    const TileScope tile_scope;
+#endif
     Work work(a, own + thread_index() * attention_each(a));
     // The last queries of a head see most: they come first, so that threads end together.
 #pragma omp for schedule(dynamic)

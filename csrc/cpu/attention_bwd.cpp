@@ -69,6 +69,28 @@ Vec dots(int64_t depth, const float* x, const float* y) {
   return sum;
 }
 
+#if defined(FUSELORA_TILES)
+// As tiles sum: of sixteen words the first and the second products apart, from zero.
+template <>
+Vec dots<bf16>(int64_t depth, const float* x, const float* y) {
+  const auto first_of = [](__m512i words) { return Vec{_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))}; };
+  const auto second_of = [](__m512i words) {
+    return Vec{_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xffff0000))))};
+  };
+  Vec sum = splat(0.f);
+  for (int64_t step = 0; step < depth; step += kTilePairs) {
+    Vec even = splat(0.f), odd = even;
+    for (int64_t k = step; k < smaller(step + kTilePairs, depth); ++k) {
+      const __m512i left = _mm512_loadu_si512(x + k * kQueries), right = _mm512_loadu_si512(y + k * kQueries);
+      even = fma(first_of(left), first_of(right), even);
+      odd = fma(second_of(left), second_of(right), odd);
+    }
+    sum = sum + (even + odd);
+  }
+  return sum;
+}
+#endif
+
 template <class T, class E>
 void take_queries(const AttentionBwd& f, const Queries& to, int64_t b, int64_t head, int64_t q0) {
   const Attention& a = f.in;
@@ -90,7 +112,12 @@ void take_queries(const AttentionBwd& f, const Queries& to, int64_t b, int64_t h
 }
 
 // Keys whose scores are taken at a time: S^T and dP^T of them stay in the L1 cache until P^T and dS^T are made.
+template <class E>
 constexpr int64_t kStrip = 2 * kBlockRows;
+#if defined(FUSELORA_TILES)
+template <>
+constexpr int64_t kStrip<bf16> = kTileBlockRows;
+#endif
 
 // P^T and dS^T of sixteen queries and `count` keys from row `first` of the tile on, from S^T and dP^T.
 template <class E, bool masked, bool capped>
@@ -144,8 +171,8 @@ void one_tile(const Attention& a, Work<E>& w, const Head<E>& kv, const Queries& 
     const auto weigh = a.softcap > 0             ? differentiate<E, true, true>
                        : part == Seen::kSome ? differentiate<E, true, false>
                                              : differentiate<E, false, false>;
-    for (int64_t row = 0; row < keys.count; row += kStrip) {
-      const int64_t some = smaller(kStrip, keys.count - row), key = keys.first + row;
+    for (int64_t row = 0; row < keys.count; row += kStrip<E>) {
+      const int64_t some = smaller(kStrip<E>, keys.count - row), key = keys.first + row;
       product<E>(some, vecs, depth, kv.k[key], kv.k.stride, queries.q_across, kQueries, w.scores, kQueries, kOverwrite);
       product<E>(some, vecs, depth, kv.v[key], kv.v.stride, queries.dout_across, kQueries, w.dweights, kQueries,
                  kOverwrite);
@@ -250,6 +277,9 @@ void backward(const AttentionBwd& f) {
   const int threads = attention_team(a);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+#if defined(FUSELORA_TILES)
+    const TileScope tile_scope;
+#endif
     Work<E> work(a, a.scratch + attention_bwd_shared(a) + thread_index() * attention_bwd_each(a));
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < kv * tiles; ++i) prepare<T>(a, shared, i / tiles, i % tiles * kKeys);

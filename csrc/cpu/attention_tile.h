@@ -3,9 +3,10 @@
 //
 // Products run on 32-bit words: one fp32, or with AVX-512 BF16 two neighbours of the summed dimension as bf16, of which
 // vdpbf16ps adds both products to an fp32 lane. A left operand is read a word at a time from rows as they lie in
-// memory; a right one in vectors of words.
+// memory; a right one in vectors of words. With AMX both are read in tiles.
 #pragma once
 
+#include "cpu/attention_amx.h"
 #include "cpu/kernels.h"
 #include "cpu/vec_math.h"
 
@@ -151,6 +152,9 @@ constexpr int64_t kSegment = kPack<E> == 1 ? 32 : 1 << 20;
 template <class E>
 static void product(int64_t m, int64_t vecs, int64_t depth, const E* a, int64_t lda, const float* b, int64_t ldb,
                     float* c, int64_t ldc, Into into) {
+#if defined(FUSELORA_TILES)
+  if constexpr (kPack<E> == 2) return tile_product(m, vecs, depth, a, lda, b, ldb, c, ldc, into.add, into.factor);
+#endif
   for (int64_t k = 0; k < depth; k += kSegment<E>) {
     const int64_t some = smaller(kSegment<E>, depth - k);
     segment<E>(m, vecs, some, a + k * kPack<E>, lda, b + k * ldb, ldb, c, ldc, k ? kAdd : into);

@@ -1,14 +1,16 @@
 // Products of few terms with one rounding: out = alpha * sum_t A_t B_t + bias, formulas in kernels/native_gemm.py.
 //
 // Threads share blocks of rows times up to 64 columns. For each, the right operands are packed into a panel in the L2
-// cache, a segment of the terms' joint depth at a time; tiles of 6 x 64 sums (4 x 16 to 24 x 16 at other widths) read
-// the left operands as they lie. Between segments the sums of a block rest in fp32. Segments are a function of the
-// terms' depths alone, and every sum is over ascending k, so results don't depend on the number of threads.
+// cache, a segment of the terms' joint depth at a time; tiles of 6 x 64 sums (4 x 16 to 24 x 16 at other widths, in AMX's
+// registers 32 x 32) read the left operands as they lie. Between segments the sums of a block rest in fp32. Segments are
+// a function of the terms' depths alone, and every sum is over ascending k, so results don't depend on the number of
+// threads.
 //
 // Two things keep the multipliers from waiting for memory. While a segment is multiplied, the next one's right operand
 // is fetched into the L2 cache. And where the depth is large, as in the input gradient of a head, a thread takes a
 // segment of four panels before it goes on to the next: the left operand's segment stays in cache, and the right one's
 // rows are read in pieces of 512 bytes instead of 128.
+#include "cpu/gemm_amx.h"
 #include "cpu/gemm_few_rows.h"
 
 #if defined(_OPENMP)
@@ -21,14 +23,32 @@ namespace {
 
 // Depth of a segment, whose sums are added to those before it. Pairs: 160 KB of panel, so that the sums' 256 KB fit beside
 // it in an L2 cache of 512 KB or more. fp32: rounding grows with the square root of the longest chain of additions, and
-// at 640 it was four times that of MKL, which is blocked too; 128 costs 3 % of the time.
-template <class Panel>
+// at 640 it was four times that of MKL, which is blocked too; 128 costs 3 % of the time. Tiles: half a panel in the L1
+// cache, see gemm_amx.h.
+template <class Dot>
 constexpr int64_t kSegment = 128;
+#if defined(__AVX512BF16__)
 template <>
-constexpr int64_t kSegment<uint32_t> = 1280;
+constexpr int64_t kSegment<Bf16Dot> = 1280;
+#endif
+#if defined(FUSELORA_TILES)
+template <>
+constexpr int64_t kSegment<TileDot> = 512;
+#endif
 // Pairs whose sums are the result, in fp32 (the adapters' gradients), obey the same rule: at 640 over the rows their error
 // was five times that of MKL. 256 also keeps the panel in the L1 cache and takes 5 to 18 % less time.
 constexpr int64_t kExactSegment = 256;
+// Blocks have a multiple of so many rows, and a step of the depth so many of a panel's rows.
+template <class Dot>
+constexpr int64_t kRowStep = kSums;
+template <class Dot>
+constexpr int64_t kStepRows = 1;
+#if defined(FUSELORA_TILES)
+template <>
+constexpr int64_t kRowStep<TileDot> = kTileBlockRows;
+template <>
+constexpr int64_t kStepRows<TileDot> = kTilePairs;
+#endif
 constexpr int64_t kDeep = 8192;  // from which depth on panels are taken in groups
 constexpr int64_t kCut = 64;  // where a term is cut: a multiple of this from its beginning
 
@@ -61,9 +81,9 @@ void with_source(const GemmTerm& term, Use use) {
   use_scaled<T, float>(term, use);
 }
 
-template <class Panel>
+template <class Dot>
 int64_t longest_segment(const Gemm& g) {
-  return g.out_dtype == FUSELORA_F32 && kSegment<Panel> > kExactSegment ? kExactSegment : kSegment<Panel>;
+  return g.out_dtype == FUSELORA_F32 && kSegment<Dot> > kExactSegment ? kExactSegment : kSegment<Dot>;
 }
 
 // How the work is divided.
@@ -78,7 +98,7 @@ Plan plan(const Gemm& g) {
   int64_t depth = 0;
   for (int i = 0; i < g.count; ++i) depth += g.terms[i].k;
   Plan p;
-  const int64_t most = longest_segment<typename Dot::Panel>(g), segments = depth > most ? (depth - 1) / most + 1 : 1;
+  const int64_t most = longest_segment<Dot>(g), segments = depth > most ? (depth - 1) / most + 1 : 1;
   p.segment = round_up((depth + segments - 1) / segments, kCut);
   p.threads = team(g.m * g.n * depth / 64, g.threads);
   p.panels = (g.n + kPanelColumns - 1) / kPanelColumns;
@@ -88,7 +108,7 @@ Plan plan(const Gemm& g) {
   p.groups = (p.panels - 1) / p.group + 1;
   const int64_t wanted = (2 * p.threads - 1) / p.groups + 1;
   const int64_t least = (g.m + kGemmRows - 1) / kGemmRows;
-  p.block_rows = round_up((g.m - 1) / (least > wanted || p.threads == 1 ? least : wanted) + 1, kSums);
+  p.block_rows = round_up((g.m - 1) / (least > wanted || p.threads == 1 ? least : wanted) + 1, kRowStep<Dot>);
   p.blocks = (g.m - 1) / p.block_rows + 1;
   return p;
 }
@@ -110,11 +130,15 @@ void next_segment(const Gemm& g, const Plan& p, int64_t row, Part part, typename
     if (depth == 0) break;
     part.k0 = at.k;
     part.depth = depth;
+    if constexpr (kStepRows<Dot> > 1) {  // what the last step has no k for is zero
+      const int64_t there = depth / kPair, rows = round_up(depth, Dot::kDepth) / kPair;
+      std::memset(panel + there * part.width, 0, size_t((rows - there) * part.width) * sizeof *panel);
+    }
     with_source<T>(term, [&](const auto& source) {
       if (term.b_by_rows) return pack_by_rows(source, part, panel);
       pack_by_columns(source, part, panel);
     });
-    panel += (depth + Dot::kDepth - 1) / Dot::kDepth * part.width;
+    panel += (depth + Dot::kDepth - 1) / Dot::kDepth * kStepRows<Dot> * part.width;
     const T* a = static_cast<const T*>(term.a) + row * term.a_row + at.k;
     stretches[count] = {a, term.a_row, depth};
     room -= depth;
@@ -266,7 +290,9 @@ void product(const Gemm& g) {
 void gemm(const Gemm& g) {
   if (g.dtype == FUSELORA_F32) return product<float, Fma<float>, FmaAlong<float>>(g);
   if (g.dtype == FUSELORA_F16) return product<fp16, Fma<fp16>, FmaAlong<fp16>>(g);
-#if defined(__AVX512BF16__)
+#if defined(FUSELORA_TILES)
+  product<bf16, TileDot, Bf16Along>(g);
+#elif defined(__AVX512BF16__)
   product<bf16, Bf16Dot, Bf16Along>(g);
 #else
   product<bf16, Fma<bf16>, FmaAlong<bf16>>(g);

@@ -278,6 +278,12 @@ FUSELORA_DECLARE(avx2)
 FUSELORA_DECLARE(avx512)
 FUSELORA_DECLARE(avx512_bf16)
 #endif
+#if defined(FUSELORA_HAS_AMX)
+FUSELORA_DECLARE(amx)
+#endif
+#if defined(FUSELORA_HAS_AMX_EMULATED)
+FUSELORA_DECLARE(amx_emulated)
+#endif
 #undef FUSELORA_DECLARE
 
 }  // namespace fuselora

@@ -35,8 +35,12 @@ FUSELORA_API int32_t fuselora_abi_version(void);
 /* The last failure on this thread, "" if there was none. Valid until the next failure on this thread. */
 FUSELORA_API const char* fuselora_last_error(void);
 
-/* The instruction set in use: "scalar", "avx2", "avx512" or "avx512_bf16"; NULL if FUSELORA_CPU_ISA asks for one that is not there. */
+/* The instruction set in use: "scalar", "avx2", "avx512", "avx512_bf16", "amx", or in builds for tests "amx_emulated"; NULL
+ * if FUSELORA_CPU_ISA asks for one that is not there. */
 FUSELORA_API const char* fuselora_cpu_isa(void);
+
+/* Why a better instruction set than that, which the CPU has, can't be used; "" if there is none. */
+FUSELORA_API const char* fuselora_cpu_isa_note(void);
 
 /* RMSNorm forward with optional residual add; formulas and rounding in kernels/rms_norm.py.
  * x, residual (or NULL), h (written when residual is given): [rows, cols] of dtype; weight (or NULL): [cols] of

@@ -20,7 +20,7 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbyt
 SWITCHES = {
     ENV_IMPL: "op=tag[,op=tag]: force an implementation, * for all ops that have it",
     choices.ENV_GEMM: "addmm or triton: force a candidate of the LoRA GEMMs on a GPU, see kernels/gpu/lora_matmul.py",
-    native.ENV_ISA: "scalar, avx2, avx512 or avx512_bf16: force the instruction set of native CPU ops",
+    native.ENV_ISA: "scalar, avx2, avx512, avx512_bf16 or amx: force the instruction set of native CPU ops",
     "FUSELORA_SKIP_NATIVE": "1: install without building the native library",
 }
 
@@ -64,7 +64,10 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 def _native() -> str:
     try:
-        return native.reason() or f"loaded, ABI {native.ABI_VERSION}, instruction set {native.isa()}"
+        if why := native.reason():
+            return why
+        note = f"; {native.isa_note()}" if native.isa_note() else ""
+        return f"loaded, ABI {native.ABI_VERSION}, instruction set {native.isa()}{note}"
     except RuntimeError as error:  # FUSELORA_CPU_ISA names one that this CPU does not have
         return str(error)
 

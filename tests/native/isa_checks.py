@@ -1,6 +1,7 @@
-"""Run in a fresh interpreter under one FUSELORA_CPU_ISA: every native op against its reference, then a digest.
+"""Run in a fresh interpreter under one FUSELORA_CPU_ISA: every native op against its reference, then digests.
 
-Prints ``<isa> <digest>``; the digest covers the bits of everything the native ops returned.
+Prints ``<isa> <digest> <digest>``; they cover the bits of everything the native ops returned, in bf16, and in fp32 and
+fp16.
 """
 
 import hashlib
@@ -97,10 +98,10 @@ def check_dropout(dtype: torch.dtype) -> None:
             assert torch.equal(y, dropout._reference(x, seed, p)), (n, p, dtype)
 
 
-def digest() -> str:
+def digest(*dtypes: torch.dtype) -> str:
     sha = hashlib.sha256()
     torch.manual_seed(7)
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for op, impl in ((op, op.impls["cpu"]) for _, op in sorted(OPS.items()) if "cpu" in op.impls):
             for sample in op.samples(dtype, torch.device("cpu")):
                 with poisoned_empty():
@@ -117,4 +118,4 @@ if __name__ == "__main__":
         check_norms(dtype)
         check_dropout(dtype)
     check_rounding()
-    print(native.isa(), digest())
+    print(native.isa(), digest(torch.bfloat16), digest(torch.float32, torch.float16))

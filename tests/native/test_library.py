@@ -167,7 +167,7 @@ def test_bad_arguments_raise_the_library_s_sentence():
 def test_an_instruction_set_that_can_t_be_had_raises():
     done = run("from fuselora.kernels import native; native.reason()", FUSELORA_CPU_ISA="mmx")
     assert done.returncode == 1
-    expected = "FUSELORA_CPU_ISA: expected scalar, or avx2, avx512 or avx512_bf16 where the CPU has it, got 'mmx'"
+    expected = "FUSELORA_CPU_ISA: expected scalar, or avx2, avx512, avx512_bf16 or amx where the CPU has it, got 'mmx'"
     assert expected in done.stderr
 
 
