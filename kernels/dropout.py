@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, native
 from .first_order import first_order
 from .gpu.launch import lazy, refusal
 from .registry import Cost, Sample, define, function, implement, ops
@@ -96,12 +96,21 @@ DROPOUT = define(
 )
 
 
+def _cpu(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    x = x.contiguous()
+    y, scale, dtype = torch.empty_like(x), 1.0 / (1.0 - p), native.DTYPE[x.dtype]
+    terms = (x.numel(), dtype, int(seed), threshold(p), scale, torch.get_num_threads())
+    native.call("fuselora_dropout", y.data_ptr(), x.data_ptr(), *terms)
+    return y
+
+
 def _triton_supports(x: Tensor, seed: Tensor, p: float) -> str | None:
     if seed.device.type != "cpu":
         return f"the seed is on {seed.device}, where reading it would wait for the device"
     return refusal(x)
 
 
+implement(DROPOUT, "cpu", _cpu, lambda x, seed, p: native.unsupported(x))
 implement(DROPOUT, "triton", lazy("dropout", "dropout"), _triton_supports)
 
 
