@@ -31,10 +31,8 @@ def train(config: Config) -> int:
     from fuselora.engine.data import check_sources, first_example, load_data
     from fuselora.engine.isolation import check_apart
     from fuselora.engine.loop_evaluate import said
-    from fuselora.engine.heap import keep_freed_memory
     from fuselora.engine.memory_run import announce
-    from fuselora.engine.methods import trainable_summary
-    from fuselora.engine.model import build_model, check_vocabulary, load_tokenizer, pick_device, resolve_base
+    from fuselora.engine.model import check_vocabulary, load_tokenizer, resolve_base
     from fuselora.engine.monitors import Reporting, monitors_of
     from fuselora.engine.predict import check_libraries, predict
     from fuselora.engine.trainer import Trainer
@@ -57,13 +55,8 @@ def train(config: Config) -> int:
     print(data.report, first_example(data, tokenizer), sep="\n")
 
     print(announce(config))
-    if config.memory_budget_gb is not None:
-        keep_freed_memory(pick_device(config), budgeted=True)  # loading has its heap too
-    model = build_model(base, config)
+    model = _build(base, config)
     check_vocabulary(model, data.largest)
-    print(trainable_summary(model))
-    if config.fuse:
-        _fuse(model, config)
     check_apart(model, config, tokenizer.pad_token_id)
 
     trainer = Trainer(
@@ -103,6 +96,20 @@ def _fit(trainer: Any, reporting: Any, tokenizer: Any, base: str, shown: Any) ->
     if world.main:
         output.write_run(trainer.model, tokenizer, config, weights, base, shown=shown, records=trainer.log.records)
     return 0
+
+
+def _build(base: str, config: Config) -> Any:
+    from fuselora.engine.heap import keep_freed_memory
+    from fuselora.engine.methods import trainable_summary
+    from fuselora.engine.model import build_model, pick_device
+
+    if config.memory_budget_gb is not None:
+        keep_freed_memory(pick_device(config), budgeted=True)  # loading has its heap too
+    model = build_model(base, config)
+    print(trainable_summary(model))
+    if config.fuse:
+        _fuse(model, config)
+    return model
 
 
 def _fuse(model: Any, config: Config) -> None:
