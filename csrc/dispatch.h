@@ -14,6 +14,7 @@ struct Kernels {
   decltype(&scalar::rms_norm) rms_norm;
   decltype(&scalar::rms_norm_bwd) rms_norm_bwd;
   decltype(&scalar::dropout) dropout;
+  decltype(&scalar::adamw) adamw;
   decltype(&scalar::glu) glu;
   decltype(&scalar::glu_bwd) glu_bwd;
   decltype(&scalar::rope) rope;

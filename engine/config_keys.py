@@ -258,7 +258,7 @@ class TrainKeys:
     optim: str = _key(
         "train",
         "auto",
-        "Optimizer; auto: AdamW, on a GPU in three launches for all weights. 8bit and paged ones need bitsandbytes.",
+        "Optimizer; auto: AdamW over all weights at once, clipping included. 8bit and paged ones need bitsandbytes.",
         OPTIMIZERS,
     )
     optim_args: dict[str, Any] | None = _key(

@@ -1,4 +1,4 @@
-"""torch.optim.AdamW in three launches for all parameters, with the gradient clipping inside.
+"""torch.optim.AdamW for all parameters at once, clipping included: three launches on a GPU, one native call on a CPU.
 
 The maths and the kernels are ``kernels/adamw.py``. This class is torch's AdamW in everything that others see: parameter
 groups, ``state_dict`` (``step``, ``exp_avg``, ``exp_avg_sq`` per parameter, each a view into one flat buffer),

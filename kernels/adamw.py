@@ -22,11 +22,13 @@ Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", alg
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from . import native
 from .gpu.launch import lazy, refusal
 from .registry import Cost, Sample, define, implement
 from .rms_norm import accumulator
@@ -130,17 +132,64 @@ ADAMW = define(
 )
 
 
-def _triton_supports(params, grads, exp_avg, exp_avg_sq, steps, *rest) -> str | None:
-    low = rest[-1]
+def _layout(params, grads, exp_avg, low) -> str | None:
+    """Why one table of addresses can't describe these tensors, or None."""
     if any(t.dtype != exp_avg.dtype for t in (*params, *grads)):
         return "parameters, gradients and moments differ in dtype"
     if any(not t.is_contiguous() for t in (*params, *grads, *low)):
         return "a parameter or gradient is not contiguous"
     if any(t.dtype != low[0].dtype for t in low):
         return "working copies differ in dtype"
+    return None
+
+
+def _addresses(tensors: Sequence[Tensor]) -> array[int]:
+    return array("Q", [t.data_ptr() for t in tensors])
+
+
+def _cpu(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor,
+    lrs: Sequence[float], decays: Sequence[float], beta1: float, beta2: float, eps: float, max_norm: float,
+    inv_scale: Tensor | None, low: Sequence[Tensor],
+) -> Tensor:  # fmt: skip
+    norm = torch.empty((), dtype=torch.float32)
+    scale = None if inv_scale is None else inv_scale.to(torch.float32)
+    tables = (
+        *map(_addresses, (params, grads, low)),
+        array("q", [p.numel() for p in params]),
+        array("q", offsets(params)),
+        array("d", lrs),
+        array("d", decays),
+    )
+    param, grad, copies, sizes, at, rates, rest = (table.buffer_info()[0] for table in tables)
+    moments = (exp_avg.data_ptr(), exp_avg_sq.data_ptr(), steps.data_ptr())
+    native.call(
+        "fuselora_adamw", norm.data_ptr(), param, grad, copies if low else None, sizes, at, len(params), *moments,
+        rates, rest, beta1, beta2, eps, max_norm, native.pointer(scale), native.DTYPE[exp_avg.dtype],
+        native.DTYPE[low[0].dtype if low else exp_avg.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return norm
+
+
+def _cpu_supports(params, grads, exp_avg, exp_avg_sq, steps, *rest) -> str | None:
+    low = rest[-1]
+    if not params:
+        return "there are no parameters"
+    if steps.dtype != torch.float32 or not all(t.is_contiguous() for t in (exp_avg, exp_avg_sq, steps)):
+        return "the moments are not contiguous, or the steps not fp32"
+    if exp_avg_sq.dtype != exp_avg.dtype or min(exp_avg.numel(), exp_avg_sq.numel()) < offsets(params)[-1]:
+        return "the moments differ in dtype or don't hold all parameters"
+    return _layout(params, grads, exp_avg, low) or native.unsupported(exp_avg, *low[:1])
+
+
+def _triton_supports(params, grads, exp_avg, exp_avg_sq, steps, *rest) -> str | None:
+    low = rest[-1]
+    if why := _layout(params, grads, exp_avg, low):
+        return why
     if exp_avg.device.type != "meta" and any(t.data_ptr() % ALIGN for t in (*params, *grads, *low)):
         return f"a parameter or gradient does not begin at a multiple of {ALIGN} bytes"
     return refusal(exp_avg, steps, *params[:1], *grads[:1], *low[:1])
 
 
+implement(ADAMW, "cpu", _cpu, _cpu_supports)
 implement(ADAMW, "triton", lazy("adamw", "adamw"), _triton_supports)

@@ -62,6 +62,17 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(c_uint64, c_uint32, c_float, c_int32),  # seed, threshold, scale, threads
         ),
     ),
+    "fuselora_adamw": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p, c_void_p, c_void_p),  # norm, params, grads, low
+            *(c_void_p, c_void_p, c_int64),  # sizes, offsets, count
+            *(c_void_p, c_void_p, c_void_p),  # exp_avg, exp_avg_sq, steps
+            *(c_void_p, c_void_p),  # lrs, decays
+            *(c_double, c_double, c_double, c_double, c_void_p),  # beta1, beta2, eps, max_norm, inv_scale
+            *(c_int32, c_int32, c_int32),  # dtype, low_dtype, threads
+        ),
+    ),
     "fuselora_glu": (
         c_int32,
         (

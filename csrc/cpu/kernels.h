@@ -67,6 +67,31 @@ struct Dropout {
   int32_t threads;
 };
 
+// Elements per partial sum of the gradients' norm and per task of the update.
+constexpr int64_t kAdamWBlock = 8192;
+
+static inline int64_t adamw_blocks(int64_t size) { return (size + kAdamWBlock - 1) / kAdamWBlock; }
+
+struct AdamW {
+  float* norm;
+  void* const* params;
+  const void* const* grads;
+  void* const* low;        // or null
+  const int64_t* sizes;    // [count] elements
+  const int64_t* offsets;  // [count] of exp_avg and exp_avg_sq
+  const int64_t* blocks;   // [count + 1] each tensor's first block; the last entry is their number
+  float* partials;         // scratch [blocks]
+  int64_t count;
+  void* exp_avg;
+  void* exp_avg_sq;
+  float* steps;
+  const double* lrs;
+  const double* decays;
+  double beta1, beta2, eps, max_norm;
+  float inv_scale;
+  int32_t dtype, low_dtype, threads;
+};
+
 struct Glu {
   void* h;
   const void* gate;
@@ -259,6 +284,7 @@ struct Gemm {
   void rms_norm(const RmsNorm& a);         \
   void rms_norm_bwd(const RmsNormBwd& a);  \
   void dropout(const Dropout& a);          \
+  void adamw(const AdamW& a);              \
   void glu(const Glu& a);                  \
   void glu_bwd(const GluBwd& a);           \
   void rope(const Rope& a);                \

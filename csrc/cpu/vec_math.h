@@ -18,6 +18,7 @@ constexpr float kRoundToInteger = 12582912.f;  // 1.5 * 2^23: added to |x| < 2^2
 static inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 static inline Vec maximum(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline Vec minimum(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+static inline Vec square_root(Vec x) { return {_mm512_sqrt_ps(x.v)}; }
 static inline Vec magnitude(Vec x) { return {_mm512_abs_ps(x.v)}; }
 static inline Vec select(Vec x, Vec limit, Vec a, Vec b) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_LT_OQ), b.v, a.v)};
@@ -32,6 +33,7 @@ static inline Vec power2(Vec x, Vec t) {
 static inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 static inline Vec maximum(Vec a, Vec b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 static inline Vec minimum(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+static inline Vec square_root(Vec x) { return {_mm256_sqrt_ps(x.lo), _mm256_sqrt_ps(x.hi)}; }
 static inline Vec magnitude(Vec x) {
   const __m256 sign = _mm256_set1_ps(-0.f);
   return {_mm256_andnot_ps(sign, x.lo), _mm256_andnot_ps(sign, x.hi)};
@@ -63,6 +65,7 @@ static inline Vec power2(Vec x, Vec t) { return {power2_8(x.lo, t.lo), power2_8(
 static inline Vec operator/(const Vec& a, const Vec& b) { FUSELORA_LANEWISE(a.v[i] / b.v[i]); }
 static inline Vec maximum(const Vec& a, const Vec& b) { FUSELORA_LANEWISE(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 static inline Vec minimum(const Vec& a, const Vec& b) { FUSELORA_LANEWISE(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+static inline Vec square_root(const Vec& x) { FUSELORA_LANEWISE(sqrtf(x.v[i])); }
 static inline Vec magnitude(const Vec& x) { FUSELORA_LANEWISE(float_of(bits_of(x.v[i]) & 0x7fffffff)); }
 static inline Vec select(const Vec& x, const Vec& limit, const Vec& a, const Vec& b) {
   FUSELORA_LANEWISE(x.v[i] < limit.v[i] ? a.v[i] : b.v[i]);

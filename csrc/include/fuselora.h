@@ -63,6 +63,16 @@ FUSELORA_API int32_t fuselora_rms_norm_bwd(void* dx, void* dw, const void* dy, c
 FUSELORA_API int32_t fuselora_dropout(void* y, const void* x, int64_t n, int32_t dtype, uint64_t seed,
                                       uint32_t threshold, float scale, int32_t threads);
 
+/* One AdamW update of `count` tensors, clipped by their joint gradient norm; formulas in kernels/adamw.py.
+ * params, grads, low (or NULL): addresses of the tensors, of sizes[i] elements of dtype, low's of low_dtype; exp_avg,
+ * exp_avg_sq: buffers of dtype in which tensor i begins at offsets[i]; steps, lrs, decays: [count]; inv_scale (or NULL):
+ * one number. norm: one number, before clipping; where it is not finite nothing else is written. */
+FUSELORA_API int32_t fuselora_adamw(float* norm, void* const* params, const void* const* grads, void* const* low,
+                                    const int64_t* sizes, const int64_t* offsets, int64_t count, void* exp_avg,
+                                    void* exp_avg_sq, float* steps, const double* lrs, const double* decays,
+                                    double beta1, double beta2, double eps, double max_norm, const float* inv_scale,
+                                    int32_t dtype, int32_t low_dtype, int32_t threads);
+
 /* Gated linear unit activation h = act(gate) * up; formulas in kernels/glu.py. gate, up: [rows, cols] with row strides
  * and contiguous columns; h: [rows, cols]. */
 FUSELORA_API int32_t fuselora_glu(void* h, const void* gate, const void* up, int64_t rows, int64_t cols,

@@ -70,13 +70,53 @@ static void test_rms_norm(void) {
   }
 }
 
+/* Two steps' worth of known answers on a tensor with a short end and an empty one, clipped to norm 1; then a gradient that
+ * is not finite, which changes nothing but the norm. */
+static void test_adamw(void) {
+  enum { kSize = 37 };
+  float p[kSize + 1], g[kSize], m[kSize + 1] = {0}, v[kSize + 1] = {0}, steps[2] = {0, 0}, norm = -1;
+  void* params[2] = {p, p};
+  const void* grads[2] = {g, g};
+  const int64_t sizes[2] = {kSize, 0}, offsets[2] = {0, kSize};
+  const double lrs[2] = {0.01, 1}, decays[2] = {0.1, 0};
+  double exact[kSize], squares = 0;
+  for (int i = 0; i < kSize; ++i) {
+    g[i] = (float)(i % 5) - 1.75f;
+    exact[i] = p[i] = 1 + 0.25f * (float)i;
+    squares += (double)g[i] * g[i];
+  }
+  p[kSize] = m[kSize] = v[kSize] = -1;
+  const double clip = 1 / (sqrt(squares) + 1e-6);
+  for (int step = 0; step < 2; ++step) {
+    EXPECT(fuselora_adamw(&norm, params, grads, NULL, sizes, offsets, 2, m, v, steps, lrs, decays, 0.9, 0.99, 1e-8, 1,
+                          NULL, FUSELORA_F32, FUSELORA_F32, 2) == FUSELORA_OK);
+    EXPECT(fabs(norm - sqrt(squares)) <= 1e-6 * norm);
+    /* A constant gradient: both moments divided by their corrections are the gradient and its square. */
+    for (int i = 0; i < kSize; ++i) exact[i] -= 0.01 * (0.1 * exact[i] + g[i] * clip / (fabs(g[i] * clip) + 1e-8));
+  }
+  for (int i = 0; i < kSize; ++i) EXPECT(fabs(p[i] - exact[i]) <= 4e-7 * exact[i]);
+  EXPECT(p[kSize] == -1 && m[kSize] == -1 && v[kSize] == -1 && steps[0] == 2 && steps[1] == 2);
+  const float before = p[7];
+  g[kSize - 1] = INFINITY;
+  EXPECT(fuselora_adamw(&norm, params, grads, NULL, sizes, offsets, 2, m, v, steps, lrs, decays, 0.9, 0.99, 1e-8, 1,
+                        NULL, FUSELORA_F32, FUSELORA_F32, 2) == FUSELORA_OK);
+  EXPECT(!(norm < INFINITY) && p[7] == before && steps[0] == 2);
+}
+
 static void test_errors(void) {
   float x = 0;
+  void* tensor = &x;
+  const void* gradient = &x;
+  const int64_t size = -1, offset = 0;
+  const double rate = 0;
   EXPECT(fuselora_abi_version() == FUSELORA_ABI_VERSION);
   EXPECT(fuselora_dropout(&x, &x, 1, 9, 0, 0, 1, 1) == FUSELORA_BAD_ARGUMENT);
   EXPECT(strstr(fuselora_last_error(), "dtype 9") != NULL);
   EXPECT(fuselora_rms_norm_bwd(&x, &x, &x, NULL, &x, NULL, &x, 1, 1, 0, 0, 0, 0, 1) == FUSELORA_BAD_ARGUMENT);
   EXPECT(strstr(fuselora_last_error(), "without weight") != NULL);
+  EXPECT(fuselora_adamw(&x, &tensor, &gradient, NULL, &size, &offset, 1, &x, &x, &x, &rate, &rate, 0.9, 0.99, 1e-8, 1, NULL,
+                        FUSELORA_F32, FUSELORA_F32, 1) == FUSELORA_BAD_ARGUMENT);
+  EXPECT(strstr(fuselora_last_error(), "size -1") != NULL);
 }
 
 int main(int count, char** arguments) {
@@ -89,6 +129,7 @@ int main(int count, char** arguments) {
   test_philox();
   test_dropout();
   test_rms_norm();
+  test_adamw();
   test_errors();
   printf("%s: %s\n", isa, failures ? "FAILED" : "passed");
   return failures != 0;

@@ -1,4 +1,4 @@
-"""Random shapes and strides through every public function on the native library, against fp64.
+"""Random shapes and strides through every public function and AdamW on the native library, against fp64.
 
     python tests/native/fuzz.py --seconds 60 [--seed N] [--only rope]    # `make sanitize` runs it under ASan and UBSan
 
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map  # noqa: E402
 
 import fuselora.functional  # noqa: E402, F401  (fills the registry)
 from fuselora.kernels import native  # noqa: E402
+from fuselora.kernels.adamw import ADAMW, offsets  # noqa: E402
 from fuselora.kernels.registry import FUNCTIONS, Sample  # noqa: E402
 from fuselora.testing import assert_kernel_close, poisoned_empty, run_with_grads  # noqa: E402
 
@@ -68,6 +69,33 @@ def restrided(x: Any, draw: random.Random) -> Any:
     return data.requires_grad_()
 
 
+def run_adamw(draw: random.Random, dtype: torch.dtype, number: int) -> None:
+    """Up to nine tensors, empty ones and whole blocks among them, at addresses that no vector is aligned to."""
+
+    def tensor(n: int, low: torch.dtype = dtype) -> Tensor:
+        return torch.randn(n + 1).to(low)[1:]
+
+    sizes = [
+        draw.choice([0, 1, draw.randint(1, 200), 8192, draw.randint(8000, 20000)]) for _ in range(draw.randint(1, 9))
+    ]
+    low = draw.choice([None, torch.float32, torch.bfloat16, torch.float16])
+    params, grads = ([tensor(n) for n in sizes] for _ in range(2))
+    exp_avg, exp_avg_sq = (tensor(offsets(params)[-1]) for _ in range(2))
+    exp_avg_sq.square_().add_(0.1)  # m over a v near zero is beyond fp16
+    rates, decays = ([draw.random() * 0.1 for _ in sizes] for _ in range(2))
+    scale = draw.choice([None, torch.tensor(draw.random() + 0.1)])
+    options = (0.9, 0.99, 1e-6, draw.choice([0.5, 1e9]), scale, [tensor(n, low) for n in sizes] if low else [])
+
+    def run(fn: Any, to: torch.dtype | None = None) -> list[Tensor]:
+        tensors = (params, grads, exp_avg, exp_avg_sq, torch.full((len(sizes),), 3.0), rates, decays, *options)
+        copies = tree_map(lambda x: x.to(to or x.dtype, copy=True) if isinstance(x, Tensor) else x, tensors)
+        return [fn(*copies), *copies[0], *copies[2:4], *copies[-1]]
+
+    truth, stock = run(ADAMW.reference, torch.float64), run(ADAMW.reference)
+    for i, triple in enumerate(zip(run(ADAMW.impls["cpu"].fn), truth, stock, strict=True)):
+        assert_kernel_close(*triple, name=f"adamw_[case {number}] {i}", k=K)
+
+
 def run_case(number: int, only: str | None) -> str:
     """Case ``number``: which function, at which shape; raises what its check raises."""
     draw = random.Random(number)
@@ -75,7 +103,10 @@ def run_case(number: int, only: str | None) -> str:
     dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
     shape = random_shape(draw)
     makers = workloads.functions(shape, dtype, torch.device("cpu"))
-    name = only or draw.choice([name for name in makers if name in FUNCTIONS])
+    name = only or draw.choice([name for name in makers if name in FUNCTIONS] + [ADAMW.name])
+    if name == ADAMW.name:
+        run_adamw(draw, dtype, number)
+        return name
     if name == "attention" and shape.tokens == 1:  # the gradients of q and k are zero, and no error is relative to that
         return name
     args = tree_map(lambda x: restrided(x, draw), makers[name]())
@@ -100,7 +131,7 @@ def main() -> int:
     use_test_library()
     if native.reason():
         parser.exit(2, f"error: fuzz: expected the native library, got none: {native.reason()}\n")
-    end, number, seen = time.monotonic() + args.seconds, args.seed, dict.fromkeys(FUNCTIONS, 0)
+    end, number, seen = time.monotonic() + args.seconds, args.seed, dict.fromkeys([*FUNCTIONS, ADAMW.name], 0)
     while number == args.seed or time.monotonic() < end:
         seen[run_case(number, args.only)] += 1
         number += 1

@@ -1,7 +1,7 @@
 """Run in a fresh interpreter under one FUSELORA_CPU_ISA: every native op against its reference, then digests.
 
-Prints ``<isa> <digest> <digest>``; they cover the bits of everything the native ops returned, in bf16, and in fp32 and
-fp16.
+Prints ``<isa> <digest> <digest>``; they cover the bits of everything the native ops returned or changed, in bf16, and
+in fp32 and fp16.
 """
 
 import hashlib
@@ -106,7 +106,8 @@ def digest(*dtypes: torch.dtype) -> str:
             for sample in op.samples(dtype, torch.device("cpu")):
                 with poisoned_empty():
                     result = impl.fn(*sample.args, **sample.kwargs)
-                for tensor in tree_leaves(result):
+                written = (result, sample.args) if "!" in op.schema else result
+                for tensor in filter(torch.is_tensor, tree_leaves(written)):
                     flat = tensor.contiguous().flatten()
                     sha.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"-")
     return sha.hexdigest()

@@ -12,7 +12,8 @@ from fuselora.kernels import native
 pytestmark = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
 ROOT = Path(__file__).parents[2]
 FILES = sorted(
-    Path(__file__).parent / f"test_{family}.py" for family in ("glu", "rope", "cross_entropy", "attention", "gemm")
+    Path(__file__).parent / f"test_{family}.py"
+    for family in ("adamw", "glu", "rope", "cross_entropy", "attention", "gemm")
 )
 FORMAT = ROOT / "tests/kernels/test_nf4.py"
 
