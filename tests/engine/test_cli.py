@@ -216,9 +216,12 @@ def test_interrupted_process_can_be_resumed(arguments, tmp_path, number):
     assert steps == sorted(set(steps)) and steps[-1] == step + 3
 
 
-def test_unfinished_command_reports_an_interrupt(monkeypatch, capsys):
+def test_unfinished_command_reports_an_interrupt(monkeypatch, capsys, tmp_path):
+    (tmp_path / "dataset_info.json").write_text('{"b": {"file_name": "b.json"}}')
+    (tmp_path / "b.json").write_text("[]")
     monkeypatch.setattr(train, "train", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert cli.main(["train", "model_name_or_path=quickstart", "dataset=b", "output_dir=c"]) == 130
+    run = ["train", "model_name_or_path=quickstart", "dataset=b", f"dataset_dir={tmp_path}", "output_dir=c"]
+    assert cli.main(run) == 130
     assert capsys.readouterr().err == "interrupted; what was written before is complete\n"
 
 
