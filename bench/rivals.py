@@ -128,7 +128,7 @@ def _liger_rope(functional: Any) -> Callable[..., Any]:
 LIGER: dict[str, Callable[[Any], Callable[..., Any]]] = {
     "rms_norm": lambda f: lambda x, w: f.liger_rms_norm(x, w, 1e-6, in_place=False),
     "add_rms_norm": lambda f: lambda x, r, w: f.liger_fused_add_rms_norm(x, r, w, 1e-6, in_place=False),
-    "layer_norm": lambda f: lambda x, w: f.liger_layer_norm(x, w, torch.zeros_like(w), 1e-5),
+    "layer_norm": lambda f: lambda x, w, b: f.liger_layer_norm(x, w, b, 1e-5),
     "rope": _liger_rope,
     "glu": lambda f: lambda g, u: f.liger_swiglu(g, u),
     "cross_entropy": lambda f: lambda x, labels: f.liger_cross_entropy(x.clone(), labels),

@@ -80,7 +80,7 @@ def functions(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[st
     return {
         "rms_norm": lambda: (leaf(s.tokens, s.hidden), ones()),
         "add_rms_norm": lambda: (leaf(s.tokens, s.hidden), leaf(s.tokens, s.hidden), ones()),
-        "layer_norm": lambda: (leaf(s.tokens, s.hidden), ones()),
+        "layer_norm": lambda: (leaf(s.tokens, s.hidden), ones(), ones()),
         "attention": lambda: tuple(heads(count).transpose(1, 2) for count in (s.heads, s.kv_heads, s.kv_heads)),
         "rope": lambda: (heads(s.heads), heads(s.kv_heads), *angles()),
         "qk_norm_rope": lambda: (heads(s.heads), heads(s.kv_heads), ones(s.head_dim), ones(s.head_dim), *angles()),

@@ -14,9 +14,10 @@ char isa_note[160] = "";
 namespace {
 
 #define FUSELORA_KERNELS(isa)                                                                      \
-  {#isa, isa::rms_norm, isa::rms_norm_bwd, isa::dropout, isa::adamw, isa::glu, isa::glu_bwd,       \
-   isa::rope, isa::cross_entropy, isa::dequantize_4bit, isa::quantize_4bit, isa::quantize_absmax,  \
-   isa::gemm, isa::attention, isa::attention_bwd, isa::philox}
+  {#isa, isa::rms_norm, isa::rms_norm_bwd, isa::layer_norm, isa::layer_norm_bwd, isa::dropout,     \
+   isa::adamw, isa::glu, isa::glu_bwd, isa::rope, isa::cross_entropy, isa::dequantize_4bit,        \
+   isa::quantize_4bit, isa::quantize_absmax, isa::gemm, isa::attention, isa::attention_bwd,        \
+   isa::philox}
 
 const Kernels kScalar = FUSELORA_KERNELS(scalar);
 #if defined(__x86_64__)

@@ -13,6 +13,8 @@ struct Kernels {
   const char* isa;
   decltype(&scalar::rms_norm) rms_norm;
   decltype(&scalar::rms_norm_bwd) rms_norm_bwd;
+  decltype(&scalar::layer_norm) layer_norm;
+  decltype(&scalar::layer_norm_bwd) layer_norm_bwd;
   decltype(&scalar::dropout) dropout;
   decltype(&scalar::adamw) adamw;
   decltype(&scalar::glu) glu;

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import checks, native
 from .first_order import first_order
 from .gpu.launch import lazy, refusal, sm_count
 from .gpu.norm_plan import partial_bytes
@@ -144,6 +144,56 @@ LAYER_NORM_BWD = define(
 )
 
 
+def _code(vector: Tensor | None) -> int:
+    """An absent vector's dtype is never read."""
+    return native.DTYPE[torch.float32 if vector is None else vector.dtype]
+
+
+def _cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
+    x, cols = x.contiguous(), x.shape[-1]
+    weight, bias = (None if vector is None else vector.contiguous() for vector in (weight, bias))
+    y = torch.empty(x.shape, dtype=x.dtype)
+    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    native.call(
+        "fuselora_layer_norm",
+        *map(native.pointer, (y, mean, rstd, x, weight, bias)),
+        *(x.numel() // cols, cols),
+        *(native.DTYPE[x.dtype], _code(weight), _code(bias)),
+        *(eps, torch.get_num_threads()),
+    )
+    return y, mean, rstd
+
+
+def _cpu_supports(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:
+    return "the last dimension is empty" if x.shape[-1] == 0 else native.unsupported(x, weight, bias)
+
+
+def _cpu_bwd(dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, need_dw: bool, need_db: bool):
+    dy, x, mean, rstd, cols = dy.contiguous(), x.contiguous(), mean.contiguous(), rstd.contiguous(), x.shape[-1]
+    weight = None if weight is None else weight.contiguous()
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    dw, db = (torch.empty(cols if needed else 0, dtype=torch.float32) for needed in (need_dw, need_db))
+    native.call(
+        "fuselora_layer_norm_bwd",
+        native.pointer(dx),
+        *(native.pointer(sums) if needed else None for sums, needed in ((dw, need_dw), (db, need_db))),
+        *map(native.pointer, (dy, x, weight, mean, rstd)),
+        *(x.numel() // cols, cols),
+        *(native.DTYPE[x.dtype], _code(weight), torch.get_num_threads()),
+    )
+    return dx, dw, db
+
+
+def _cpu_bwd_supports(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, need_dw: bool, need_db: bool
+) -> str | None:
+    if x.shape[-1] == 0:
+        return "the last dimension is empty"
+    if dy.dtype != x.dtype:
+        return f"the gradient is {dy.dtype} beside {x.dtype} activations"
+    return native.unsupported(x, weight)
+
+
 def _triton_supports(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:
     return "the last dimension is empty" if x.shape[-1] == 0 else refusal(x, weight, bias)
 
@@ -154,6 +204,8 @@ def _triton_bwd_supports(
     return "the last dimension is empty" if x.shape[-1] == 0 else refusal(dy, x, weight, mean, rstd)
 
 
+implement(LAYER_NORM, "cpu", _cpu, _cpu_supports)
+implement(LAYER_NORM_BWD, "cpu", _cpu_bwd, _cpu_bwd_supports)
 implement(LAYER_NORM, "triton", lazy("norm", "layer_norm"), _triton_supports)
 implement(LAYER_NORM_BWD, "triton", lazy("norm_bwd", "layer_norm_bwd"), _triton_bwd_supports)
 

@@ -55,6 +55,25 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(c_int32, c_int32),  # mode, threads
         ),
     ),
+    "fuselora_layer_norm": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p, c_void_p),  # y, mean, rstd
+            *(c_void_p, c_void_p, c_void_p),  # x, weight, bias
+            *(c_int64, c_int64),  # rows, cols
+            *(c_int32, c_int32, c_int32),  # dtype, weight_dtype, bias_dtype
+            *(c_double, c_int32),  # eps, threads
+        ),
+    ),
+    "fuselora_layer_norm_bwd": (
+        c_int32,
+        (
+            *(c_void_p, c_void_p, c_void_p),  # dx, dw, db
+            *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),  # dy, x, weight, mean, rstd
+            *(c_int64, c_int64),  # rows, cols
+            *(c_int32, c_int32, c_int32),  # dtype, weight_dtype, threads
+        ),
+    ),
     "fuselora_dropout": (
         c_int32,
         (

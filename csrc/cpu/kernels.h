@@ -56,6 +56,37 @@ struct RmsNormBwd {
   int32_t dy_dtype, dtype, weight_dtype, mode, threads;
 };
 
+struct LayerNorm {
+  void* y;
+  float* mean;
+  float* rstd;
+  const void* x;
+  const void* weight;
+  const void* bias;
+  float* scale;  // scratch [cols]: weight in fp32, or ones
+  float* shift;  // scratch [cols]: bias in fp32, or zeros
+  int64_t rows, cols;
+  int32_t dtype, weight_dtype, bias_dtype;
+  float eps;
+  int32_t threads;
+};
+
+struct LayerNormBwd {
+  void* dx;
+  float* dw;
+  float* db;
+  const void* dy;
+  const void* x;
+  const void* weight;
+  const float* mean;
+  const float* rstd;
+  float* scale;        // scratch [cols]
+  float* dw_partials;  // scratch [dw_blocks(rows), 2, cols] each when wanted, as RmsNormBwd's
+  float* db_partials;
+  int64_t rows, cols;
+  int32_t dtype, weight_dtype, threads;
+};
+
 struct Dropout {
   void* y;
   const void* x;
@@ -283,6 +314,8 @@ struct Gemm {
   namespace isa {                          \
   void rms_norm(const RmsNorm& a);         \
   void rms_norm_bwd(const RmsNormBwd& a);  \
+  void layer_norm(const LayerNorm& a);     \
+  void layer_norm_bwd(const LayerNormBwd& a); \
   void dropout(const Dropout& a);          \
   void adamw(const AdamW& a);              \
   void glu(const Glu& a);                  \

@@ -1,23 +1,14 @@
 // RMSNorm forward and backward. Formulas and rounding: kernels/rms_norm.py. Two passes over a row, the second from cache;
 // threads share rows, so no thread count changes a bit.
-#include "cpu/kernels.h"
-#include "cpu/vec.h"
+#include "cpu/norm.h"
 
 namespace fuselora {
 namespace FUSELORA_ISA {
 namespace {
 
 // scale[j] = weight[j] in fp32, plus one in mode gemma, or one without a weight.
-template <class W>
-void fill_scale(float* scale, const W* weight, int64_t cols, int32_t mode) {
-  const Vec offset = splat(mode == FUSELORA_GEMMA ? 1.f : 0.f), one = splat(1);
-  each(cols, [&](int64_t j, auto lanes) { store(scale + j, weight ? load(weight + j, lanes) + offset : one, lanes); });
-}
-
 void fill_scale(float* scale, const void* weight, int32_t dtype, int64_t cols, int32_t mode) {
-  if (dtype == FUSELORA_BF16) return fill_scale(scale, static_cast<const bf16*>(weight), cols, mode);
-  if (dtype == FUSELORA_F16) return fill_scale(scale, static_cast<const fp16*>(weight), cols, mode);
-  fill_scale(scale, static_cast<const float*>(weight), cols, mode);
+  fill_vector(scale, weight, dtype, cols, mode == FUSELORA_GEMMA ? 1.f : 0.f, 1.f);
 }
 
 template <class T, class Y>
@@ -87,14 +78,6 @@ void backward_row(const RmsNormBwd& a, int64_t row, float* recent) {
   });
 }
 
-// total += recent, and recent = 0.
-void flush(float* total, float* recent, int64_t cols) {
-  each(cols, [&](int64_t j, auto lanes) {
-    store(total + j, load(total + j, lanes) + load(recent + j, lanes), lanes);
-    store(recent + j, splat(0), lanes);
-  });
-}
-
 // dx of a block of rows, and its part of dw.
 template <class T, class Y>
 void backward_block(const RmsNormBwd& a, int64_t block) {
@@ -109,26 +92,9 @@ void backward_block(const RmsNormBwd& a, int64_t block) {
   }
 }
 
-// dw = sum of the blocks' totals, in block order for every column.
 template <class W>
-void reduce_blocks(const RmsNormBwd& a) {
-  const int64_t blocks = dw_blocks(a.rows), width = 1024;
-  const int threads = team(blocks * a.cols, a.threads);
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t start = 0; start < a.cols; start += width) {
-    const int64_t cols = a.cols - start < width ? a.cols - start : width;
-    each(cols, [&](int64_t j, auto lanes) {
-      Vec total = splat(0);
-      for (int64_t first = 0; first < blocks; first += kDwRows) {
-        const int64_t end = first + kDwRows < blocks ? first + kDwRows : blocks;
-        Vec group = splat(0);
-        for (int64_t block = first; block < end; ++block)
-          group = group + load(a.partials + 2 * block * a.cols + start + j, lanes);
-        total = total + group;
-      }
-      store(static_cast<W*>(a.dw) + start + j, total, lanes);
-    });
-  }
+void reduce_dw(const RmsNormBwd& a) {
+  reduce_blocks(static_cast<W*>(a.dw), a.partials, a.rows, a.cols, a.threads);
 }
 
 template <class T, class Y>
@@ -138,9 +104,9 @@ void backward(const RmsNormBwd& a) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t block = 0; block < dw_blocks(a.rows); ++block) backward_block<T, Y>(a, block);
   if (!a.dw) return;
-  if (a.weight_dtype == FUSELORA_BF16) return reduce_blocks<bf16>(a);
-  if (a.weight_dtype == FUSELORA_F16) return reduce_blocks<fp16>(a);
-  reduce_blocks<float>(a);
+  if (a.weight_dtype == FUSELORA_BF16) return reduce_dw<bf16>(a);
+  if (a.weight_dtype == FUSELORA_F16) return reduce_dw<fp16>(a);
+  reduce_dw<float>(a);
 }
 
 }  // namespace

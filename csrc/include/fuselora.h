@@ -57,6 +57,18 @@ FUSELORA_API int32_t fuselora_rms_norm_bwd(void* dx, void* dw, const void* dy, c
                                            int32_t dy_dtype, int32_t dtype, int32_t weight_dtype, int32_t mode,
                                            int32_t threads);
 
+/* LayerNorm forward; formulas in kernels/layer_norm.py. x, y: [rows, cols] of dtype; weight, bias (or NULL): [cols] of
+ * weight_dtype and bias_dtype; mean, rstd: [rows]. */
+FUSELORA_API int32_t fuselora_layer_norm(void* y, float* mean, float* rstd, const void* x, const void* weight,
+                                         const void* bias, int64_t rows, int64_t cols, int32_t dtype,
+                                         int32_t weight_dtype, int32_t bias_dtype, double eps, int32_t threads);
+
+/* Its backward. dy, x, dx: [rows, cols] of dtype; weight (or NULL): [cols] of weight_dtype; mean, rstd: [rows];
+ * dw, db (or NULL: not wanted): [cols]. */
+FUSELORA_API int32_t fuselora_layer_norm_bwd(void* dx, float* dw, float* db, const void* dy, const void* x,
+                                             const void* weight, const float* mean, const float* rstd, int64_t rows,
+                                             int64_t cols, int32_t dtype, int32_t weight_dtype, int32_t threads);
+
 /* Counter-based dropout: y[i] = word(i) >= threshold ? x[i] * scale : 0, rounded once; y may be x.
  * word(i) is lane i % 4 of Philox-4x32-10 with counter (i / 4) in its two low words, zero in its two high words, and
  * the key (low word of seed, high word of seed). Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3". */

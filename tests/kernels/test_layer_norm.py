@@ -5,7 +5,8 @@ import torch
 
 from fuselora.functional import layer_norm
 from fuselora.kernels import layer_norm as module
-from fuselora.kernels.registry import FUNCTIONS
+from fuselora.kernels import native
+from fuselora.kernels.registry import FUNCTIONS, Sample
 from fuselora.testing import assert_function_close, saved_bytes
 
 CPU = torch.device("cpu")
@@ -47,6 +48,35 @@ def test_frozen_parameters_get_no_gradient():
     x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8)
     layer_norm(x, weight, weight).sum().backward()
     assert weight.grad is None
+
+
+@pytest.mark.parametrize("offset", [30.0, 1e3, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_far_from_zero_obey_the_numerics_rule(dtype, offset):
+    """Where E[x^2] - E[x]^2 cancels, or a mean that was rounded once too often shows."""
+    x = (offset + torch.randn(300, 1000)).to(dtype).requires_grad_()
+    weight, bias = (torch.randn(1000, dtype=dtype, requires_grad=True) for _ in range(2))
+    assert_function_close(FUNCTIONS["layer_norm"], Sample(f"offset {offset}", (x, weight, bias)))
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e6 + 0.3])
+def test_a_constant_row_is_the_bias(value):
+    x, bias = torch.full((3, 77), value), torch.randn(77)
+    y, mean, rstd = torch.ops.fuselora.layer_norm(x, None, bias, 1e-5)
+    assert torch.equal(mean, x[:, 0])
+    torch.testing.assert_close(y, bias.expand(3, 77))
+    torch.testing.assert_close(rstd, torch.full((3,), 1e-5).rsqrt())
+
+
+@pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
+def test_native_ops_take_what_they_say():
+    x, half, double = torch.randn(4, 8), torch.randn(8).half(), torch.randn(8).double()
+    assert module._cpu_supports(x, half, half.bfloat16(), 1e-5) is None
+    assert "float64" in module._cpu_supports(x, None, double, 1e-5)
+    assert "empty" in module._cpu_supports(torch.randn(4, 0), None, None, 1e-5)
+    row = torch.ones(4)
+    assert "gradient is torch.float16" in module._cpu_bwd_supports(x.half(), x, half, row, row, True, True)
+    assert module._cpu_bwd_supports(x, x, half, row, row, True, True) is None
 
 
 def mean_not_subtracted(dy, x, weight, mean, rstd, need_dw, need_db):

@@ -103,6 +103,41 @@ static void test_adamw(void) {
   EXPECT(!(norm < INFINITY) && p[7] == before && steps[0] == 2);
 }
 
+/* Rows with a short end, far from zero; the gradients against sums of their formulas in double. */
+static void test_layer_norm(void) {
+  enum { kRows = 11, kCols = 37 };
+  float x[kRows * kCols], y[kRows * kCols], dy[kRows * kCols], dx[kRows * kCols];
+  float weight[kCols], bias[kCols], dw[kCols], db[kCols], mean[kRows], rstd[kRows];
+  double exact_dw[kCols] = {0}, exact_db[kCols] = {0};
+  for (int i = 0; i < kRows * kCols; ++i) x[i] = 1e4f + (float)(i % 7), dy[i] = (float)(i % 5) - 1.5f;
+  for (int j = 0; j < kCols; ++j) weight[j] = 0.5f + (float)j / 8, bias[j] = (float)j - 3;
+  EXPECT(fuselora_layer_norm(y, mean, rstd, x, weight, bias, kRows, kCols, FUSELORA_F32, FUSELORA_F32, FUSELORA_F32, 1e-5,
+                             2) == FUSELORA_OK);
+  EXPECT(fuselora_layer_norm_bwd(dx, dw, db, dy, x, weight, mean, rstd, kRows, kCols, FUSELORA_F32, FUSELORA_F32, 2) ==
+         FUSELORA_OK);
+  for (int row = 0; row < kRows; ++row) {
+    const float *xs = x + row * kCols, *dys = dy + row * kCols;
+    double centre = 0, variance = 0, mean_g = 0, dot = 0;
+    for (int j = 0; j < kCols; ++j) centre += xs[j] / (double)kCols;
+    for (int j = 0; j < kCols; ++j) variance += (xs[j] - centre) * (xs[j] - centre) / kCols;
+    const double scale = 1 / sqrt(variance + 1e-5);
+    EXPECT(fabs(mean[row] - centre) <= 5e-4 && fabs(rstd[row] - scale) <= 1e-6 * scale);
+    for (int j = 0; j < kCols; ++j) {
+      const double xhat = (xs[j] - centre) * scale;
+      mean_g += dys[j] * weight[j] / kCols;
+      dot += dys[j] * weight[j] * xhat / kCols;
+      exact_dw[j] += dys[j] * xhat;
+      exact_db[j] += dys[j];
+    }
+    for (int j = 0; j < kCols; ++j) {
+      const double xhat = (xs[j] - centre) * scale;
+      EXPECT(fabs(y[row * kCols + j] - (xhat * weight[j] + bias[j])) <= 2e-3);
+      EXPECT(fabs(dx[row * kCols + j] - scale * (dys[j] * weight[j] - mean_g - xhat * dot)) <= 2e-3);
+    }
+  }
+  for (int j = 0; j < kCols; ++j) EXPECT(fabs(dw[j] - exact_dw[j]) <= 5e-3 && fabs(db[j] - exact_db[j]) <= 1e-5);
+}
+
 static void test_errors(void) {
   float x = 0;
   void* tensor = &x;
@@ -117,6 +152,10 @@ static void test_errors(void) {
   EXPECT(fuselora_adamw(&x, &tensor, &gradient, NULL, &size, &offset, 1, &x, &x, &x, &rate, &rate, 0.9, 0.99, 1e-8, 1, NULL,
                         FUSELORA_F32, FUSELORA_F32, 1) == FUSELORA_BAD_ARGUMENT);
   EXPECT(strstr(fuselora_last_error(), "size -1") != NULL);
+  EXPECT(fuselora_layer_norm(&x, &x, &x, &x, NULL, NULL, 1, 1, 0, 0, 7, 1e-5, 1) == FUSELORA_BAD_ARGUMENT);
+  EXPECT(strstr(fuselora_last_error(), "dtypes 0 0 7") != NULL);
+  EXPECT(fuselora_layer_norm_bwd(&x, NULL, NULL, &x, &x, NULL, &x, &x, -1, 1, 0, 0, 1) == FUSELORA_BAD_ARGUMENT);
+  EXPECT(strstr(fuselora_last_error(), "rows -1") != NULL);
 }
 
 int main(int count, char** arguments) {
@@ -130,6 +169,7 @@ int main(int count, char** arguments) {
   test_dropout();
   test_rms_norm();
   test_adamw();
+  test_layer_norm();
   test_errors();
   printf("%s: %s\n", isa, failures ? "FAILED" : "passed");
   return failures != 0;

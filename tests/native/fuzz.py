@@ -109,6 +109,8 @@ def run_case(number: int, only: str | None) -> str:
         return name
     if name == "attention" and shape.tokens == 1:  # the gradients of q and k are zero, and no error is relative to that
         return name
+    if name == "layer_norm" and shape.hidden <= 2:  # xhat is a sign: the gradient of x vanishes but for eps
+        return name
     args = tree_map(lambda x: restrided(x, draw), makers[name]())
     print(f"case {number}: {name} {dtype} {shape}", file=sys.stderr, flush=True)
     record, sample = FUNCTIONS[name], Sample(f"case {number}", args)

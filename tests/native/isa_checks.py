@@ -43,6 +43,18 @@ def check_norms(dtype: torch.dtype) -> None:
         assert_function_close(FUNCTIONS["add_rms_norm"], Sample(sample.name, (x, residual, *rest)))
 
 
+def check_layer_norm(dtype: torch.dtype) -> None:
+    """Short rows alternate in sign: a row of almost equal values would dominate through its rstd. From three columns
+    on; with two, xhat is a sign and dx rounding alone.
+    """
+    for shape in (shape for shape in SHAPES if shape[1] > 2):
+        trained, signs = shape not in SHORT, 1 - 2 * (torch.arange(shape[1]) % 2)
+        x = (torch.randn(shape) if trained else signs * (torch.rand(shape) + 0.5)).to(dtype).requires_grad_()
+        weight, bias = (torch.randn(shape[1], dtype=dtype, requires_grad=trained) for _ in range(2))
+        for args in ((x, weight, bias), (x, weight), (x,)):
+            assert_function_close(FUNCTIONS["layer_norm"], Sample(f"{shape}-{len(args)}", args))
+
+
 def check_rounding() -> None:
     """Every 16-bit pattern survives; fp32 rounds as in torch: halfway cases, overflow, subnormals, NaN."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -117,6 +129,7 @@ if __name__ == "__main__":
     torch.manual_seed(int(sys.argv[1]))
     for dtype in DTYPES:
         check_norms(dtype)
+        check_layer_norm(dtype)
         check_dropout(dtype)
     check_rounding()
     print(native.isa(), digest(torch.bfloat16), digest(torch.float32, torch.float16))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fuselora.kernels import dropout, native
+from fuselora.kernels import layer_norm as layer
 from fuselora.kernels import rms_norm as rms
 
 pytestmark = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
@@ -28,6 +29,21 @@ def test_rms_norm_bits_do_not_depend_on_threads(threads, rows, cols):
     def run():
         y, h, rstd = rms._cpu(x, residual, weight, 1e-6, "llama")
         return y, h, rstd, *rms._cpu_bwd(dy, dh, h, weight, rstd, "llama", True)
+
+    results = run()
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(results, run(), strict=True))
+
+
+@pytest.mark.parametrize("rows, cols", [(1500, 96), (77, 2050), (2, 40000)])
+def test_layer_norm_bits_do_not_depend_on_threads(threads, rows, cols):
+    generator = torch.Generator().manual_seed(3)
+    x, dy = (torch.randn(rows, cols, generator=generator).bfloat16() for _ in range(2))
+    weight, bias = (torch.randn(cols, generator=generator).bfloat16() for _ in range(2))
+
+    def run():
+        y, mean, rstd = layer._cpu(x, weight, bias, 1e-5)
+        return y, mean, rstd, *layer._cpu_bwd(dy, x, weight, mean, rstd, True, True)
 
     results = run()
     torch.set_num_threads(1)
