@@ -73,6 +73,8 @@ def run(tmp_path):
             try:
                 sys.stdout = sys.stderr = open(tmp_path / "said", "w", buffering=1)
                 torch.set_num_threads(1)
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # as a new process has it, whatever ran before
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 if place:
                     strike(place, blow)
                 code = run_command(lambda: train.train(config))
