@@ -41,7 +41,7 @@ GRID: list[dict[str, Any]] = [
     },
     {"family": "gemma3_text", "dtype": "fp32", "batch": 16, "length": 256, "policy": "off", "sizes": SMALL | WINDOW},
     {"family": "olmo2", "dtype": "fp32", "batch": 16, "length": 256, "policy": "mlp", "sizes": SMALL},
-    {"family": "gemma2", "dtype": "fp32", "batch": 40, "length": 64, "policy": "full", "sizes": SMALL | WINDOW},
+    {"family": "gemma2", "dtype": "fp32", "batch": 80, "length": 64, "policy": "full", "sizes": SMALL | WINDOW},
 ]
 LLAMA_3_8B = AutoConfig.for_model(
     "llama",
@@ -51,8 +51,9 @@ LLAMA_3_8B = AutoConfig.for_model(
 
 
 def test_peaks_are_within_a_tenth() -> None:
-    """VmHWM above the model, each point in a process of its own; glibc gives freed blocks back at once, as its default
-    does not, whose peaks depend on the order of sizes before."""
+    """VmHWM above the model, each point in a process of its own and large beside a process's own few MB, which differ
+    by 6 MB on a busy machine; glibc gives freed blocks back at once, as its default does not, whose peaks depend on the
+    order of sizes before."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.peak"],
