@@ -41,6 +41,7 @@ OTHER_CPU = {
     torch.float32: 14 * 10**6,
     torch.bfloat16: 20 * 10**6,
 }  # of steps alone; whole runs: memory_run.py
+RECOMPUTING = 4 * 10**6  # more of libraries' code: 4.1 MB of file pages at any size, none of other memory
 OTHER_CUDA = 600 * 10**6
 
 
@@ -108,6 +109,7 @@ def estimate_run(run: Run, sizes: Sizes | None = None) -> Estimate:
     head += 4 * sizes.head if run.dtype.itemsize < 4 else 0  # sums of a trained head's gradient
     gradients = sizes.trained * run.trained_dtype.itemsize
     other = OTHER_CUDA if run.device == "cuda" else OTHER_CPU.get(run.dtype, OTHER_CPU[torch.bfloat16])
+    other += RECOMPUTING if run.device == "cpu" and policy == "full" else 0
     moments, tail = sizes.trained * run.moments, steps[0].tail
     return Estimate(run, sizes.base, gradients, gradients, moments, kept, working, head, tail, other)
 

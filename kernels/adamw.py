@@ -69,7 +69,7 @@ def _reference(
         for old, new in ((p, new_p), (m, new_m), (v, new_v)):
             old.copy_(torch.where(finite, new.to(old.dtype), old))
         if low:
-            low[i].copy_(p)
+            low[i].copy_(torch.where(finite, p.to(low[i].dtype), low[i]))
     steps += finite.to(steps.dtype)
     return norm
 

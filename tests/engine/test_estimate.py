@@ -41,7 +41,14 @@ GRID: list[dict[str, Any]] = [
     },
     {"family": "gemma3_text", "dtype": "fp32", "batch": 16, "length": 256, "policy": "off", "sizes": SMALL | WINDOW},
     {"family": "olmo2", "dtype": "fp32", "batch": 16, "length": 256, "policy": "mlp", "sizes": SMALL},
-    {"family": "gemma2", "dtype": "fp32", "batch": 80, "length": 64, "policy": "full", "sizes": SMALL | WINDOW},
+    {"family": "gemma2", "dtype": "fp32", "batch": 40, "length": 64, "policy": "full", "sizes": SMALL | WINDOW},
+]
+WHOLE: list[dict[str, Any]] = [
+    {"family": "llama", "policy": "mlp", "dtype": "bf16", "batch": 2, "length": 2048},
+    {"family": "llama", "policy": "full", "dtype": "bf16", "batch": 4, "length": 1024, "keys": {"quantization_bit": 4}},
+    {"family": "gemma2", "policy": "off", "dtype": "bf16", "batch": 2, "length": 1024, "rows": "short"},
+    {"family": "qwen2", "policy": "full", "dtype": "fp32", "batch": 2, "length": 1024}
+    | {"keys": {"finetuning_type": "full"}},
 ]
 LLAMA_3_8B = AutoConfig.for_model(
     "llama",
@@ -51,9 +58,8 @@ LLAMA_3_8B = AutoConfig.for_model(
 
 
 def test_peaks_are_within_a_tenth() -> None:
-    """VmHWM above the model, each point in a process of its own and large beside a process's own few MB, which differ
-    by 6 MB on a busy machine; glibc gives freed blocks back at once, as its default does not, whose peaks depend on the
-    order of sizes before."""
+    """VmHWM above the model, each point in a process of its own; glibc gives freed blocks back at once, as its default
+    does not, whose peaks depend on the order of sizes before."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.peak"],
@@ -73,6 +79,22 @@ def test_peaks_are_within_a_tenth() -> None:
         rows.append((point, peak, estimate_run(run).above))
     wrong = [(p["family"], p["policy"], peak, guess) for p, peak, guess in rows if not 0.9 < guess / peak < 1.1]
     assert not wrong, wrong
+
+
+def test_whole_runs_are_within_a_tenth(tmp_path: Path) -> None:
+    """``train.py``'s main from the prediction on: loading, patching, all steps, saving."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.train_peak"],
+        input=json.dumps({"folder": str(tmp_path), "points": WHOLE}),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [(p["family"], p["policy"], *row) for p, row in zip(WHOLE, json.loads(done.stdout), strict=True)]
+    assert not [row for row in rows if not 0.9 < row[3] / max(row[2], 1) < 1.1], rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -111,11 +111,18 @@ def run_case(number: int, only: str | None) -> str:
         return name
     if name == "layer_norm" and shape.hidden <= 2:  # xhat is a sign: the gradient of x vanishes but for eps
         return name
+    if (
+        "dora" in name and shape.hidden == 1
+    ):  # a row is divided by its only number, which W and B A may cancel: stock has NaN
+        return name
     args = tree_map(lambda x: restrided(x, draw), makers[name]())
     print(f"case {number}: {name} {dtype} {shape}", file=sys.stderr, flush=True)
     record, sample = FUNCTIONS[name], Sample(f"case {number}", args)
     with poisoned_empty():
         ours = run_with_grads(record.fn, sample)
+    if ("lora" in name or "dora" in name) and shape.tokens == shape.rank == 1:
+        # A's gradient is one sum times x. Of 600 samples ours erred over ten times as much as stock in 7, stock in 4.
+        return name
     stock, truth = run_with_grads(record.eager, sample), run_with_grads(record.eager, sample, dtype=torch.float64)
     for what, *triples in zip(("output", "gradient"), ours, truth, stock, strict=True):
         for i, (actual, exact, eager) in enumerate(zip(*triples, strict=True)):

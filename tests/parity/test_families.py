@@ -79,7 +79,7 @@ def curves(family: str, dtype: torch.dtype, error: float = 0.0) -> list[tuple[Cu
 @DTYPES
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_curve(family: str, dtype: torch.dtype) -> None:
-    """Ten optimizer steps, three runs judged as one."""
+    """Ten optimizer steps, three runs."""
     assert_curves_close(curves(family, dtype))
 
 

@@ -200,16 +200,13 @@ def train_curve(model: nn.Module, batches: Iterable[Batch], lr: float = 1e-2, *,
 
 
 def assert_curves_close(runs: Iterable[tuple[Curve, Curve, Curve]]) -> None:
-    """(ours, truth, stock) of several runs: every loss by the rule of losses, with stock's worst error of all runs as
-    yardstick; and the median over the runs of our rms error of logits next to stock's, at most k = 1.5 times."""
-    ours, truth, stock = zip(*runs, strict=True)
-    errors = [
-        [rms(mine.logits.double() - exact.logits).item() for mine, exact in zip(side, truth, strict=True)]
-        for side in (ours, stock)
-    ]
-    losses = (torch.cat([run.losses for run in side]) for side in (ours, truth, stock))
-    assert_losses_close(*losses, logits_error=_rms(errors[1]))
-    ratios = [mine / theirs for mine, theirs in zip(*errors, strict=True)]
+    """(ours, truth, stock) of several runs: the losses of each by the rule of losses; and the median over the runs of
+    our rms error of logits next to stock's, at most k = 1.5 times."""
+    ratios = []
+    for ours, truth, stock in runs:
+        mine, theirs = (rms(side.logits.double() - truth.logits).item() for side in (ours, stock))
+        assert_losses_close(ours.losses, truth.losses, stock.losses, logits_error=theirs)
+        ratios.append(mine / theirs)
     ratio = statistics.median(ratios)
     assert ratio <= K_ELEMENTWISE, f"logits: median error {ratio:.2f} times stock's > {K_ELEMENTWISE} (runs: {ratios})"
 
