@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,14 +48,13 @@ def train(point: dict[str, Any], meter: PeakMeter | None = None) -> None:
         optimizer.zero_grad()
 
 
-def measure(point: dict[str, Any]) -> int:
-    """The peak above the model, from a forked child."""
+def in_child(work: Callable[[], int]) -> int:
+    """What ``work`` returns in a forked child."""
     reading, writing = os.pipe()
+    sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        meter = PeakMeter(torch.device("cpu"))
-        train(point, meter)
-        os.write(writing, str(meter.record()["above"]).encode())
+        os.write(writing, str(work()).encode())
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
@@ -62,12 +63,19 @@ def measure(point: dict[str, Any]) -> int:
     return int(text)
 
 
+def above(point: dict[str, Any]) -> int:
+    """The peak above the model."""
+    meter = PeakMeter(torch.device("cpu"))
+    train(point, meter)
+    return int(meter.record()["above"])
+
+
 def main() -> None:
     points = json.load(sys.stdin)
     torch.set_num_threads(1)
     for dtype in DTYPES:
         train({"family": "llama", "sizes": TINY, "dtype": dtype, "policy": "full", "batch": 1, "length": 16})
-    json.dump([measure(point) for point in points], sys.stdout)
+    json.dump([in_child(partial(above, point)) for point in points], sys.stdout)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ and with ``"rows": "mixed"`` every third is as short, to be padded.
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import train
 from bench.memory import reset_peak, resident
 from tests.engine.conftest import RECIPE, TEXTS
 from tests.support.models import randomize
-from tests.support.peak import DTYPES, config
+from tests.support.peak import DTYPES, config, in_child
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401 - imported before the fork
 
 from fuselora.engine import memory_run, quickstart
@@ -84,31 +84,21 @@ def keys_of(folder: Path, point: dict[str, Any]) -> list[str]:
     return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items()]
 
 
-def measure(arguments: list[str]) -> int:
-    """The peak above what was resident before loading, from a forked child."""
-    reading, writing = os.pipe()
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        before: list[int] = []
-        say = memory_run.announce
+def above(arguments: list[str]) -> int:
+    """The peak above what was resident before loading; 0 if the run failed."""
+    before: list[int] = []
+    say = memory_run.announce
 
-        def announce(made: Any) -> str:
-            text = say(made)
-            reset_peak()
-            before.append(resident("VmRSS"))
-            return text
+    def announce(made: Any) -> str:
+        text = say(made)
+        reset_peak()
+        before.append(resident("VmRSS"))
+        return text
 
-        memory_run.announce = announce
-        sys.stdout = sys.stderr
-        status = train.main(arguments)
-        os.write(writing, str(resident("VmHWM") - before[0] if status == 0 else 0).encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        text = pipe.read()
-    os.waitpid(child, 0)
-    return int(text)
+    memory_run.announce = announce
+    sys.stdout = sys.stderr
+    status = train.main(arguments)
+    return resident("VmHWM") - before[0] if status == 0 else 0
 
 
 def predicted(arguments: list[str]) -> int:
@@ -126,7 +116,7 @@ def main() -> None:
     for point in given["points"]:
         arguments = keys_of(folder, point)
         made = predicted(arguments)
-        found.append((measure(arguments), made))
+        found.append((in_child(partial(above, arguments)), made))
         print("point", json.dumps(point), *found[-1], file=sys.stderr, flush=True)
     json.dump(found, sys.stdout)
 
