@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import plans
 import report
@@ -67,7 +66,7 @@ class CpuSuite(Suite):
         return ok
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench")
     parser.add_argument("--plan", choices=list(PLANS), default="cpu")
@@ -75,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="RUN", help="these runs of the plan (repeat it)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     parser.add_argument("--save", action="store_true", help="keep the records in bench/results, rewrite the tables")
-    args: Any = parser.parse_args(argv)
+    parser.set_defaults(device="cpu")
+    args = parser.parse_args(argv)
     unknown = set(args.only or ()) - set(PLANS[args.plan])
     if unknown:
         known = ", ".join(PLANS[args.plan])
@@ -84,7 +84,11 @@ def main(argv: list[str] | None = None) -> int:
         )
     if args.save and args.smoke:
         parser.exit(2, "error: --save: expected measured records, got --smoke; leave one out\n")
-    return 0 if CpuSuite(args).all() else 1
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    return 0 if CpuSuite(parse_arguments(argv)).all() else 1
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import bench_all
 import gpu_suite
@@ -17,8 +16,7 @@ import train_step
 
 @pytest.fixture
 def suite(tmp_path):
-    options = {"out": tmp_path, "budget": 100.0, "only": None, "smoke": False, "device": "cpu", "plan": "cpu"}
-    return bench_all.CpuSuite(SimpleNamespace(**options, save=False))
+    return bench_all.CpuSuite(bench_all.parse_arguments(["--out", str(tmp_path), "--budget", "100"]))
 
 
 @pytest.mark.parametrize("plan", bench_all.PLANS)
